@@ -1,0 +1,89 @@
+"""What stands outside the script: the three lists of packages agree, and the README's commands are ones the script takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SCRIPT
+
+import mura_anomaly_detection as mad
+
+ROOT = SCRIPT.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REQUESTED = {"torch", "torchvision", "pillow", "matplotlib", "tqdm"}
+
+
+def pep723() -> dict[str, object]:
+    """The script's own metadata, read as PEP 723 says."""
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SCRIPT.read_text(encoding="utf-8"))
+    assert block
+    return tomllib.loads("".join(line[2:] for line in block["content"].splitlines(keepends=True)))
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=\s]", line)[0] for line in requirements}
+
+
+def test_the_lists_of_packages_are_the_same() -> None:
+    script = pep723()["dependencies"]
+    assert isinstance(script, list)
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    from_pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    from_conda = [entry for entry in conda if isinstance(entry, str) and entry not in ("pip",) and not entry.startswith("python>")]
+    tests = [line.strip() for line in (ROOT / "tests/requirements.txt").read_text().splitlines() if line[:1] not in ("#", "")]
+    assert set(script) == set(from_pip + from_conda)
+    assert set(script) <= set(tests)
+    assert names(script) == REQUESTED | {"numpy"}
+
+
+def test_python_version_is_the_same_in_script_and_conda() -> None:
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    assert f"python{pep723()['requires-python']}" in conda
+
+
+def test_floor_of_torch_is_above_its_unsafe_loader() -> None:
+    listed = pep723()["dependencies"]
+    assert isinstance(listed, list) and {"torch>=2.10", "torchvision>=0.25"} <= set(listed)
+
+
+def commands() -> list[str]:
+    """Every command line in the README that calls the script."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) + re.findall(r"`([^`\n]+)`", README)
+    lines = [line for block in blocks for line in block.splitlines() if "mura_anomaly_detection.py " in line]
+    return [line.rpartition("mura_anomaly_detection.py ")[2].replace(" ...", "") for line in lines]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_readme_are_taken(line: str) -> None:
+    mad.parse_options(shlex.split(line))
+
+
+def test_examples_of_the_help_are_taken() -> None:
+    lines = [line.strip() for line in (mad.__doc__ or "").splitlines() if line.strip().startswith("mura_anomaly_detection.py --")]
+    assert len(lines) >= 5
+    for line in lines:
+        mad.parse_options(shlex.split(re.split(r" {3,}", line)[0])[1:])
+
+
+def test_flags_named_in_the_readme_exist() -> None:
+    known = set(mad.build_parser()._option_string_actions) | {"--nproc-per-node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_docstring_examples() -> None:
+    import doctest
+
+    result = doctest.testmod(mad)
+    assert result.attempted >= 8
+    assert result.failed == 0
+
+
+def test_top_level_holds_the_four_and_nothing_else() -> None:
+    agreed = {"README.md", "environment.yml", "mura_anomaly_detection.py", "tests"}
+    ignored = {"__pycache__", "mura_demo", "MURA-v1.1"}
+    assert {path.name for path in Path(ROOT).iterdir() if path.name[0] != "."} - ignored == agreed
