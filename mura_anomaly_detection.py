@@ -5,14 +5,16 @@
 # ///
 """Train, judge and use an abnormality detector for bone X-rays (MURA, arXiv 1712.06957).
 
-    mura_anomaly_detection.py --demo                                              all of it on generated phantoms
-    mura_anomaly_detection.py --data-dir MURA-v1.1 --checkpoint elbow.pth --tasks ELBOW             train, then score
-    mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint a.pth b.pth          score an ensemble
-    mura_anomaly_detection.py --predict image1.png --checkpoint elbow.pth               classify and explain an image
-    mura_anomaly_detection.py --predict studies/ --checkpoint elbow.pth --output results.csv          a folder of them
+    mura_anomaly_detection.py --demo                                  # all of it, on drawn phantoms
+    mura_anomaly_detection.py --data-dir MURA-v1.1 --tasks ELBOW --checkpoint elbow.pth
+    mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint elbow.pth resnet.pth
+    mura_anomaly_detection.py --predict image1.png --checkpoint elbow.pth
+    mura_anomaly_detection.py --predict studies/ --checkpoint elbow.pth --output results.csv
 
-Terms. An *image* is one file and shows one *view*. A *study* is one examination of one *body part* (XR_ELBOW, ...): 1 to
-13 views, one label (0 normal, 1 abnormal). A *patient* has one or more studies. The network gives each image a *logit*;
+They train and then score, score an ensemble, explain an image, classify a folder.
+
+Terms. An *image* is one file and shows one *view*. A *study* is one examination of one *body part* (XR_ELBOW, ...):
+1 to 13 views, one label (0 normal, 1 abnormal). A *patient* has one or more studies. The network gives each image a *logit*;
 sigmoid(logit / temperature) is its *probability* of being abnormal; a study's probability is the mean over its views.
 `train/` is split by patient into *train* and *val*; MURA's own `valid/` is the held-out *test* and is scored once.
 
@@ -35,6 +37,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import stat
@@ -59,6 +62,7 @@ __version__ = "1.0.0"
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # and 128 + n when stopped by signal n
 PROGRAM = "mura_anomaly_detection"
 CLASSES = ("normal", "abnormal")  # index = label
+FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
 
 
 class UserError(Exception):
@@ -77,7 +81,7 @@ class UserError(Exception):
 # ===== 1 options =====================================================================================================
 
 
-def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 1e6, *, open_low: bool = False) -> Callable[[str], float]:
     """Make an argparse type for a finite number in [low, high], or in (low, high] with `open_low`."""
 
     def parse(text: str) -> float:
@@ -85,9 +89,9 @@ def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = F
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high and not (open_low and value == low)):
+        if not (low <= value <= high) or (open_low and value == low):
             what = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            bounds = f"{'above' if open_low else 'of at least'} {low:g} and at most {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
         return value  # type: ignore[no-any-return]
 
@@ -228,14 +232,15 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         hint = f"did you mean {near[0]}?" if near else "see --help"
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} ({hint})\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {' '.join(message.split())} ({hint})\n")
 
 
 def build_parser() -> Parser:
     """Make the parser from Config: a flag for each field, in groups, with the default shown."""
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\nTerms.")[0], allow_abbrev=False,
+        prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\nThey train")[0],
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100),
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -278,6 +283,8 @@ def usage_problem(config: Config) -> str | None:
         (bool(config.export) and len(config.checkpoint) > 1, "--export takes one --checkpoint"),
         (config.export and config.export.suffix not in (".onnx", ".pt2"), f"--export {config.export}: use .onnx or .pt2"),
         (config.output and config.output.suffix not in (".csv", ".json"), f"--output {config.output}: use .csv or .json"),
+        (config.figure and not config.figure.is_dir() and config.figure.suffix.lower() not in FIGURE_SUFFIXES,
+         f"--figure {config.figure}: use {', '.join(FIGURE_SUFFIXES[1:])}, or a folder for several inputs"),
         (config.save_cam and config.save_cam.suffix != ".npz", f"--save-cam {config.save_cam}: use .npz"),
     ]
     return next((text for wrong, text in problems if wrong), None)
@@ -362,7 +369,7 @@ def find_data_root(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data-dir wants the unpacked MURA-v1.1")
-    for candidate in (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))):
+    for candidate in (folder, *sorted(folder.glob("[!._]*/")), *sorted(folder.glob("[!._]*/[!._]*/"))):  # not __MACOSX
         if (candidate / "train").is_dir() or (candidate / "valid").is_dir():
             return candidate
     raise UserError(f"{folder}: holds neither train/ nor valid/, nor does a folder in it; --data-dir wants the unpacked MURA-v1.1")
@@ -381,7 +388,7 @@ def natural_key(text: str) -> list[tuple[int, str]]:
     >>> sorted(["image10.png", "image2.png"], key=natural_key)
     ['image2.png', 'image10.png']
     """
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", text)]
+    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", text)]
 
 
 def image_names(folder: Path | str) -> list[str]:
@@ -404,7 +411,7 @@ def read_list(path: Path, split: str) -> list[list[str]]:
     width = 2 if "labeled_studies" in path.name else 1
     rows: list[list[str]] = []
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        lines = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); restore it from the MURA archive or delete it") from error
     for count, row in enumerate(lines, 1):
@@ -430,7 +437,9 @@ def choose_parts(present: Sequence[str], tasks: Sequence[str]) -> list[str]:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--tasks {task}: no such body part; present are {', '.join(sorted(known))}{hint}")
+            raise UserError(
+                f"--tasks {task}: no such body part; present are {', '.join(sorted(known)) or 'none'}{hint}"
+            )
         chosen.append(known[key])
     return sorted(set(chosen)) if tasks else list(present)
 
@@ -448,7 +457,7 @@ def index_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Index:
     """Index `root/split`: XR_*/patient*/study*/image*, as the CSV lists beside it say where there are any.
 
     The label of a study is the one in SPLIT_labeled_studies.csv, else that of its name (_positive, _negative); where
-    SPLIT_image_paths.csv exists, only the images in it count.
+    SPLIT_image_paths.csv lists any, only the images in it count.
 
     Raises:
         UserError: no such folder, no image in it, an unknown body part, a list that cannot be read.
@@ -504,14 +513,14 @@ def study_label(study: str, listed: int | None) -> tuple[int | None, int | None]
 
 def describe(name: str, views: Sequence[View]) -> str:
     """Count images, studies and patients of each body part and class, a line each."""
-    lines = [f"{name:<6}{'part':<14}{'images':>8}{'(abn.)':>8}{'studies':>9}{'(abn.)':>8}{'patients':>10}"]
+    lines = [f"{name:<6}{'part':<14}{'images':>8}{'(abn.)':>8}{'studies':>9}{'(abn.)':>8}{'patients':>10}{'(abn.)':>8}"]
     parts = sorted({view.part for view in views})
     for part in [*parts, "all"] if len(parts) > 1 else parts:
         rows = [view for view in views if part in (view.part, "all")]
         studies = {view.study: view.label for view in rows}
-        counts = (len(rows), sum(view.label for view in rows), len(studies), sum(studies.values()))
-        patients = len({view.patient for view in rows})
-        lines.append(f"{'':<6}{part:<14}{counts[0]:>8}{counts[1]:>8}{counts[2]:>9}{counts[3]:>8}{patients:>10}")
+        patients, ill = {view.patient for view in rows}, {view.patient for view in rows if view.label}
+        images = f"{len(rows):>8}{sum(view.label for view in rows):>8}"
+        lines.append(f"{'':<6}{part:<14}{images}{len(studies):>9}{sum(studies.values()):>8}{len(patients):>10}{len(ill):>8}")
     return "\n".join(lines)
 
 
@@ -521,9 +530,9 @@ def describe(name: str, views: Sequence[View]) -> str:
 def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list[View], list[View]]:
     """Split by patient, across body parts, into (train, val).
 
-    A patient's place follows from seed and name alone: neither the order of the files nor other patients' names move
-    it within its stratum. Patients with and without an abnormal study are split separately, so that both sides have
-    both where possible.
+    A patient's rank follows from seed and name alone, so the order of the files does not matter, and a new patient
+    moves at most one other. Patients with and without an abnormal study are split separately; where there are two of
+    a kind or more, each side gets one.
 
     Raises:
         UserError: a side would be empty.
@@ -535,7 +544,7 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     for stratum in (True, False):
         names = [name for name, value in abnormal.items() if value is stratum]
         names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        val.update(names[: round(share * len(names))])
+        val.update(names[: max(0, min(max(1, round(share * len(names))), len(names) - 1))])
     if not val or len(val) == len(abnormal):
         raise UserError(f"--val-split {share:g}: {len(abnormal)} patients cannot be split; use more patients or another share")
     return [view for view in views if view.patient not in val], [view for view in views if view.patient in val]
@@ -589,7 +598,8 @@ def read_radiograph(path: Path) -> np.ndarray:
     data = _read_bytes(path)
     is_dicom = data[128:132] == b"DICM" or path.suffix.lower() == ".dcm"
     try:
-        return np.ascontiguousarray(_decode_dicom(data) if is_dicom else _decode_picture(data))
+        with np.errstate(all="ignore"):  # the results are checked
+            return np.ascontiguousarray(_decode_dicom(data) if is_dicom else _decode_picture(data))
     except BadImage:
         raise
     except MemoryError as error:
@@ -687,23 +697,20 @@ def to_8_bit(pixels: np.ndarray) -> np.ndarray:
     extremes, an image with one bright marker would darken the bone. Floats up to 1 have their white at 1. Negative or
     larger values have no usual scale: there the extremes are black and white.
 
-    Raises:
-        BadImage: NaN or infinity among the values.
-
     >>> to_8_bit(np.array([[0, 2048, 4095]])).tolist(), to_8_bit(np.array([[0, 257, 65535]])).tolist()
     ([[0, 128, 255]], [[0, 1, 255]])
     """
     low, high = float(pixels.min()), float(pixels.max())
-    if not np.isfinite([low, high]).all():
-        raise BadImage("holds values that are not finite")
-    if low >= 0 and high < 1 << 16:
+    if 0 <= low <= high < 2 ** BIT_DEPTHS[-1]:
         is_unit = pixels.dtype.kind == "f" and high <= 1
-        low, high = 0, 1 if is_unit else next(2**bits - 1 for bits in BIT_DEPTHS if high <= 2**bits - 1)
+        low, high = 0, 1 if is_unit else next(2**bits - 1 for bits in BIT_DEPTHS if high < 2**bits)
     return _scale(pixels, low, high)
 
 
 def _scale(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    shown = (values.astype(np.float32) - np.float32(black)) * np.float32(255 / max(white - black, 1e-6))
+    if not np.isfinite([values.min(), values.max()]).all():
+        raise BadImage("holds values that are not finite")
+    shown = (values.astype(np.float32) - np.float32(black)) * np.float32(255 / max(white - black, 1e-20))
     return np.asarray(np.clip(np.rint(shown), 0, 255), np.uint8)
 
 
@@ -725,6 +732,10 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise BadImage("colour DICOM: a radiograph is grey")
     syntax = header.file_meta.TransferSyntaxUID
+    stream = header.PixelData.find(b"\xff\x4f\xff\x51")  # JPEG 2000 repeats the size, and its decoder believes that one
+    if stream >= 0 and syntax.is_compressed:
+        width, height = struct.unpack_from(">II", header.PixelData, stream + 8)
+        _check_size(width, height, frames=1)
     if syntax.is_compressed and not get_decoder(syntax).is_available:
         decoder = "pylibjpeg-openjpeg" if "JPEG 2000" in syntax.name else "pylibjpeg-libjpeg"
         raise BadImage(f"this compressed DICOM needs a decoder: pip install pylibjpeg {decoder}")
@@ -739,14 +750,14 @@ def _to_display(values: np.ndarray, header: Dataset) -> np.ndarray:
     else:
         values = values * float(header.get("RescaleSlope") or 1) + float(header.get("RescaleIntercept") or 0)
     grey = np.zeros_like(values, np.uint8)
+    keys = ("WindowCenter", "WindowWidth")
+    window = [float(np.ravel(header[key].value)[0]) for key in keys if key in header and header[key].VM]
     if header.get("VOILUTSequence"):
         grey = _scale(*_look_up(values, header.VOILUTSequence[0]))
-    elif all(key in header and header[key].VM for key in ("WindowCenter", "WindowWidth")):
-        centre, width = (float(np.ravel(header[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
-        if width <= 0:
-            pass  # not valid, yet seen
-        elif header.get("VOILUTFunction") == "SIGMOID":
-            grey = _scale(1 / (1 + np.exp(np.clip(-4 * (values - centre) / max(width, 1e-6), -80, 80))), 0, 1)
+    elif len(window) == 2 and window[1] > 0:
+        centre, width = window
+        if header.get("VOILUTFunction") == "SIGMOID":
+            grey = _scale(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
         else:
             shift = header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1  # LINEAR: C.11.2.1.2.1
             grey = _scale(values, *(centre - shift / 2 + side * (width - shift) / 2 for side in (-1, 1)))
@@ -816,8 +827,8 @@ def _mean_chroma(path: Path) -> float:
         small = image.convert("RGBA").resize((256, 256), Image.Resampling.NEAREST)
     except Exception:  # DICOM, where colour is refused already
         return 0.0
-    colour = np.asarray(small, np.float32)
-    return float((np.ptp(colour[..., :3], axis=2) * colour[..., 3] / 255).mean())
+    red, green, blue, alpha = (np.asarray(band, np.float32) for band in small.split())
+    return float(np.mean(np.ptp([red, green, blue], axis=0) * alpha / 255))
 
 
 PREPROCESSING_VERSION = 1  # raise it when decoding or resizing changes: caches made before are then not used
@@ -858,18 +869,22 @@ def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path
     return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
 
 
-def open_shard(file: Path) -> Shard | None:
-    """Open a shard that is there already; None where it is absent, incomplete or damaged in its description."""
+def open_shard(file: Path, size: int) -> Shard | None:
+    """Open a shard that is there already; None where it is absent, incomplete or damaged other than in its pixels."""
     try:
         described = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         body = json.dumps(described["body"], sort_keys=True)
         if described["sha256"] != hashlib.sha256(body.encode()).hexdigest():
             return None
         kept = described["body"]
-        shape = np.load(file, mmap_mode="r").shape if kept["names"] else (0,)
+        header = array_header(len(kept["names"]), size)
+        with file.open("rb") as array:
+            whole = (
+                array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
+            )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if shape[0] != len(kept["names"]):
+    if not whole:
         return None
     return Shard(file, np.array(kept["crc32"], dtype=np.uint32), tuple(kept["names"]), kept["bad"])
 
@@ -906,7 +921,7 @@ def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers:
     checksums: list[int] = []
     bad: dict[str, str] = {}
     with atomic_write(file) as out:
-        np.lib.format.write_array_header_1_0(out, array_header(0, size))  # reserves the space; the count is known at the end
+        out.write(array_header(0, size))  # reserves the space; the count is known at the end
         for view, decoded in zip(views, decode_all([view.path for view in views], size, fit, workers), strict=True):
             if isinstance(decoded, str):
                 bad[view.name] = decoded
@@ -918,7 +933,7 @@ def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers:
             bar.update()
             stop.check()
         out.seek(0)
-        np.lib.format.write_array_header_1_0(out, array_header(len(names), size))
+        out.write(array_header(len(names), size))
     body = {"names": names, "crc32": checksums, "bad": bad}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     with atomic_write(file.with_suffix(".json")) as out:
@@ -926,9 +941,11 @@ def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers:
     return Shard(file, np.array(checksums, dtype=np.uint32), tuple(names), bad)
 
 
-def array_header(count: int, size: int) -> dict[str, Any]:
-    """Describe an (count, size, size) uint8 array for a .npy header, which numpy pads to a length that leaves room to grow."""
-    return {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)}
+def array_header(count: int, size: int) -> bytes:
+    """Make the .npy header of a (count, size, size) uint8 array; numpy pads it so that its length is the same for any count."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
+    return header.getvalue()
 
 
 def cache_folder(config: Config, root: Path) -> Path:
@@ -969,8 +986,9 @@ def open_cache(views: Sequence[View], size: int, config: Config, root: Path, sto
         for part in sorted(by_part):
             rows = by_part[part]
             file = shard_file(folder, rows, size, config.fit)
-            shard = open_shard(file)
-            if shard and any(not isinstance(decode_square(v.path, 32, config.fit), str) for v in rows if v.name in shard.bad):
+            shard = open_shard(file, size)
+            bad = [view.path for view in rows if shard and view.name in shard.bad]
+            if any(not isinstance(decode_square(path, 32, config.fit), str) for path in bad):
                 shard = None
             if shard:
                 bar.update(len(rows))
@@ -1074,9 +1092,9 @@ def choose_image_size(views: Sequence[View], asked: int | None) -> int:
     if asked:
         return asked
     longest = 0
-    for view in views[:: max(1, len(views) // 200)]:
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(view.path) as image:
-            longest = max(longest, *image.size)
+    for view in views[:: max(1, -(-len(views) // 200))]:
+        with contextlib.suppress(BadImage, OSError, ValueError):
+            longest = max(longest, *_open_picture(_read_bytes(view.path)).size)
     return min(PAPER_SIZE, max(64, -(-longest // 32) * 32)) if longest else PAPER_SIZE
 
 
@@ -1106,7 +1124,6 @@ class Feed:
     Args:
         dataset: the images.
         device: where batches are wanted.
-        share: how many processes share the device's memory.
     """
 
     def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
@@ -1208,12 +1225,12 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
     if kind in ("imagenet", "image"):
         return Normalization(kind)
     if kind == "dataset":
-        chosen = np.arange(len(dataset))[:: max(1, len(dataset) // 2000)]
+        chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
         sums = np.zeros(3)
         for block in np.array_split(chosen, -(-len(chosen) // 64)):
             pixels = dataset.batch(block).double() / 255
             sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
-        mean = sums[1] / sums[0]
+        mean = float(sums[1] / sums[0])  # a numpy number would not load with weights_only=True
         std = max(math.sqrt(max(sums[2] / sums[0] - mean**2, 0)), 1 / 255)
     else:
         mean, std = (float(part) for part in kind.split(","))
@@ -1301,9 +1318,9 @@ def imagenet_state(model: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib, socket, hash and file errors, all with the same remedy
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # torch's may have several lines
         raise UserError(
-            f"the ImageNet weights of {model} are not at hand ({type(error).__name__}: {error}); fetch {source.url} elsewhere and put "
-            f"it at {file}, or give --weights FILE, or --weights none for a random start", EXIT_FAILED,
+            f"the ImageNet weights of {model} are not at hand ({reason}); fetch {source.url} elsewhere and put it at {file}, or give --weights FILE, or --weights none for a random start", EXIT_FAILED,
         ) from error
     return state
 
@@ -1338,11 +1355,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-    present = {"cuda": cuda, "mps": mps, "cpu": True}
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    if not present[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {name}: there is no such device here ({torch.cuda.device_count()} CUDA devices); use --device auto or cpu")
-    return device
+    kind, _, given = name.partition(":")
+    index, count = int(given or local_rank), torch.cuda.device_count()
+    if not {"cuda": cuda and index < count, "mps": mps, "cpu": True}[kind]:
+        raise UserError(f"--device {name}: there is no such device here ({count} CUDA devices); use --device auto or cpu")
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
 @dataclass(frozen=True)
@@ -1567,7 +1584,7 @@ def with_interval(figure: str, value: float, drawn: Floats, left_out: Floats, ro
     """
     defined, patients = drawn[np.isfinite(drawn)], len(np.unique(rows.patient))
     left_out = left_out[np.isfinite(left_out)]
-    if np.isnan(value) or patients < 2 or len(defined) < max(1, len(drawn) / 2) or not len(left_out):
+    if np.isnan(value) or len(defined) < max(1, len(drawn) / 2) or not len(left_out):
         return {"value": None if np.isnan(value) else value, "low": None, "high": None}
     ends = ece_interval(value, defined) if figure == "ece" else bca_interval(value, defined, left_out, patients)
     low, high = min(value, *ends), max(value, *ends)
@@ -1900,7 +1917,7 @@ def train_epoch(trainer: Trainer, feed: Feed, weights: np.ndarray, config: Confi
         after_batch: called when a batch is done; may raise to stop.
 
     Raises:
-        UserError: the loss is not finite; the network is as it was before that batch.
+        UserError: the loss is not finite; the weights are as they were before that batch.
     """
     progress, processes, device = trainer.progress, trainer.processes, trainer.arithmetic.device
     trainer.network.train()
@@ -2078,7 +2095,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file; give imagenet, none, or a file with a state_dict")
     with path.open("rb") as file:
-        return load_safely(file, path)
+        content = load_safely(file, path)
+    return read_tensors(path, "model") if content.get("format") == PROGRAM else content  # ours: with its checksum verified
 
 
 def load_safely(file: IO[bytes], path: Path) -> dict[str, Any]:
@@ -2089,9 +2107,10 @@ def load_safely(file: IO[bytes], path: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, key, type and runtime errors: torch.load names none of them
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        reason = "holds other things than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
         raise UserError(f"{path}: cannot be loaded as weights ({reason}); the file is damaged, unsafe, or something else") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights by name")
     return content
 
 
@@ -2128,7 +2147,7 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
             path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in (
                 "image_size", "fit", "temperature", "threshold", "threshold_source", "patients"))
         )
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: written by another version of this program ({content.get('version')}); train again") from error
 
 
@@ -2209,12 +2228,12 @@ def draw_explanation(figure: Any, panels: Sequence[Panel], heading: str, heat_la
     empty one stays empty; the overlay's opacity follows the same scale.
     """
     top = max(FAINT, *(float(panel.heat.max()) for panel in panels))
-    figure.suptitle(heading, fontsize=11)
+    figure.suptitle(heading, fontsize=11, parse_math=False)  # a $ in a file's name is no formula
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for row, panel in zip(grid, panels, strict=True):
         strength = panel.heat / top
         for axes, title in zip(row, (panel.title, "heatmap", "overlay"), strict=True):
-            axes.set_title(title, fontsize=9)
+            axes.set_title(title, fontsize=9, parse_math=False)
             axes.set_axis_off()
         row[0].imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
         shown = row[1].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top)
@@ -2236,7 +2255,11 @@ def can_show(config: Config) -> bool:
     from matplotlib import pyplot
     from matplotlib.backends.registry import BackendFilter, backend_registry
 
-    return pyplot.get_backend().lower() in {name.lower() for name in backend_registry.list_builtin(BackendFilter.INTERACTIVE)}
+    backend = pyplot.get_backend()
+    with contextlib.suppress(ImportError):  # what MPLBACKEND names may lack its display or its toolkit
+        pyplot.switch_backend(backend)
+        return backend.lower() in {name.lower() for name in backend_registry.list_builtin(BackendFilter.INTERACTIVE)}
+    return False
 
 
 def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_label: str, *, show: bool) -> None:
@@ -2390,7 +2413,7 @@ def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
     axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
     axes.axhline(0.5, color=GREY, linewidth=0.4)
     axes.set(xlim=(min(-0.02, axes.get_xlim()[0]), 1.02), ylim=(len(rows) - 0.5, -0.5))
-    axes.set(xlabel="Cohen's kappa, 95 % interval", title="d  Kappa (studies)")
+    axes.set(xlabel="Cohen's kappa, 95 % interval", ylabel="body part (studies)", title="d  Kappa")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 
@@ -2444,7 +2467,7 @@ def _tube(u: Field, v: Field, bone: Bone) -> Field:
     centre, width, start, end = bone
     inside = (np.abs(v - centre) < 1.5 * width) & (start < u) & (u < end)
     across, near_end = (v[inside] - centre) ** 2, np.minimum(u[inside] - start, end - u[inside]) / width
-    flare = np.exp(-np.minimum(near_end / 1.6, 9) ** 2)
+    flare = np.exp(-(np.minimum(near_end / 1.6, 9) ** 2))
     outer = width * (1 + 0.45 * flare) * np.sqrt(np.minimum(near_end / 0.6, 1))
     inner = np.maximum(outer - width * (0.38 - 0.26 * flare), 0)  # cortex: thick in the shaft, thin at the joint
     path = np.sqrt(np.maximum(outer**2 - across, 0)) - 0.8 * np.sqrt(np.maximum(inner**2 - across, 0))
@@ -2609,6 +2632,7 @@ HISTORY_COLUMNS = (
 )
 RESEARCH_ONLY = "for research and teaching, not for diagnosis"
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
+FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
 
 @dataclass(frozen=True)
@@ -2719,18 +2743,24 @@ class Session:
         """Take over the state in STEM.last.pth.
 
         Raises:
-            UserError: there is none (unless --resume auto), or it belongs to other data or flags.
+            UserError: there is none (unless --resume auto), or it belongs to other data, flags or another version.
         """
-        if not self.files["state"].exists() and self.config.resume == "auto":
-            return
-        state = read_tensors(self.files["state"], "state")
-        now = self.settings()
-        other = [f"{name.replace('_', '-')} was {state['settings'].get(name)}, is {now[name]}" for name in now if state["settings"].get(name) != now[name]]
-        if other:
-            raise UserError(f"--resume {self.files['state']}: {'; '.join(other)}; give the same flags and data, or another --checkpoint")
-        self.trainer.load_state_dict(state["trainer"])
+        file = self.files["state"]
+        if not file.exists():
+            if self.config.resume == "auto":
+                return
+            raise UserError(f"--resume: there is no {file}; --resume auto starts afresh in such a case")
+        state, now = read_tensors(file, "state"), self.settings()
+        try:
+            then = state["settings"]
+            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+            if other:
+                raise UserError(f"--resume {file}: {'; '.join(other)}; give the same flags and data, or another --checkpoint")
+            self.trainer.load_state_dict(state["trainer"])
+        except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"--resume {file}: written by another version of this program ({state.get('version')}); start afresh") from error
         progress = self.trainer.progress
-        say(f"resumed from {self.files['state']}: {progress.epoch} epochs and {progress.batch} batches are done")
+        say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
 
     def save_state(self) -> None:
         """Write STEM.last.pth; the first process only."""
@@ -3095,9 +3125,10 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     """Classify and explain what --predict names."""
     cases = list(collect_cases(config.predict))
     predictor = Predictor(config, stop)
-    single = len(cases) == 1
-    figures = config.figure or (Path(f"{cases[0].path.resolve().stem}_heatmap.png") if single else None)
-    if figures and not single and figures.suffix:
+    single, figures = len(cases) == 1, config.figure
+    if single and (figures is None or figures.is_dir()):
+        figures = (figures or Path()) / f"{cases[0].path.resolve().stem}_heatmap.png"
+    if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
     show = can_show(config)
     note(RESEARCH_ONLY)
@@ -3119,7 +3150,7 @@ def predict_command(config: Config, stop: StopSignals) -> int:
             np.savez_compressed(out, allow_pickle=False, **cams)
     if show:
         show_windows()
-    return EXIT_DONE if not failed else EXIT_FAILED if failed == len(rows) else EXIT_SOME_FAILED
+    return EXIT_DONE if not failed else EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
 
 
 def print_result(result: Result) -> None:
@@ -3145,8 +3176,8 @@ def explain_result(result: Result, file: Path, config: Config, *, show: bool, bo
         Panel(finding.pixels, np.maximum(sign * finding.evidence, 0), f"{finding.path.name}   P(abnormal) {finding.probability:.3f}", (boxes or {}).get(finding.path.name))
         for finding in result.findings if finding.evidence is not None
     ]
-    save_explanation(file, panels, heading, f"evidence for {explained}, logits", show=show)
-    say(f"    figure: {file}")
+    save_explanation(file, panels[:FIGURE_ROWS], heading, f"evidence for {explained}, logits", show=show)
+    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {len(panels)} views)" if len(panels) > FIGURE_ROWS else ""))
 
 
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -3164,8 +3195,9 @@ def show_windows() -> None:
     pyplot.show()
 
 
-DEMO_STUDIES, DEMO_PARTS = (130, 40), ("XR_FOREARM", "XR_HUMERUS")  # of train and valid, of each part
-DEMO_SETTINGS = {"weights": "none", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3, "rotation": 10.0}
+DEMO_STUDIES, DEMO_PARTS = (156, 36), ("XR_FOREARM", "XR_HUMERUS")  # of train and valid, of each part
+DEMO_SETTINGS = {"weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3,
+                 "rotation": 10.0}
 
 
 def demo_command(config: Config, stop: StopSignals) -> int:

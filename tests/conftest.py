@@ -21,6 +21,11 @@ TINY = ["--model", "resnet50", "--weights", "none", "--image-size", "64", "--nor
         "--batch-size", "8", "--lr", "0.001", "--bootstrap", "100", "--device", "cpu"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare --many, for a night's run."""
+    parser.addoption("--many", action="store_true", help="kill training processes 200 times rather than 50")
+
+
 def run_command(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script as its user does, off a terminal; returns exit code, stdout and stderr."""
     return subprocess.run(

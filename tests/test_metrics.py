@@ -401,10 +401,10 @@ def test_the_temperature_is_judged_on_other_patients() -> None:
     """Images of a patient share label and logit; a fold that splits them would see its own answers."""
     fits = []
     for seed in range(60):
-        logit, label, _ = calibrated(np.random.default_rng(seed), 10)
-        patient = np.repeat([f"p{i}" for i in range(30)], 20)
+        logit, label, _ = calibrated(np.random.default_rng(seed), 7)
+        patient = np.repeat([f"p{i}" for i in range(21)], 20)
         fits.append(mad.fit_temperature(np.repeat(logit, 20), np.repeat(label, 20), patient))
-    assert fits.count(1.0) >= 52
+    assert fits.count(1.0) >= 57  # about 52 if images were split
 
 
 # ---- threshold ----

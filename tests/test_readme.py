@@ -67,7 +67,7 @@ def test_examples_of_the_help_are_taken() -> None:
     lines = [line.strip() for line in (mad.__doc__ or "").splitlines() if line.strip().startswith("mura_anomaly_detection.py --")]
     assert len(lines) >= 5
     for line in lines:
-        mad.parse_options(shlex.split(re.split(r" {3,}", line)[0])[1:])
+        mad.parse_options(shlex.split(line, comments=True)[1:])
 
 
 def test_flags_named_in_the_readme_exist() -> None:

@@ -1,0 +1,533 @@
+"""Section 13, prediction and export: every input gets one answer, the same as --evaluate gives, or its reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_inside
+from PIL import Image
+
+import mura_anomaly_detection as mad
+
+Ask = Callable[..., int]
+CPU = mad.Arithmetic(torch.device("cpu"), bf16=False, channels_last=True)
+
+
+@pytest.fixture
+def ask(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Run --predict within a folder of its own; the checkpoint is the tiny one unless another is named."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> int:
+        checkpoint = [] if "--checkpoint" in arguments else ["--checkpoint", trained]
+        return run_inside("--predict", *arguments, *checkpoint, "--device", "cpu", "--precision", "fp32", "--no-show")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def studies(phantoms: Path) -> list[Path]:
+    """Give the study folders of valid/, those with most views first."""
+    found = sorted((phantoms / "valid").glob("*/*/*/"))
+    return sorted(found, key=lambda folder: -len(list(folder.glob("*.png"))))
+
+
+@pytest.fixture(scope="module")
+def image(studies: list[Path]) -> Path:
+    """Give one readable image."""
+    return studies[0] / "image1.png"
+
+
+@pytest.fixture(scope="module")
+def other(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a second model: other weights, size, fit, normalisation, temperature and threshold."""
+    content = mad.read_tensors(trained, "model")
+    torch.manual_seed(11)
+    state = {k: v + 0.02 * torch.randn_like(v) if v.dim() == 4 else v for k, v in content["state_dict"].items()}
+    state["head.weight"] = torch.randn_like(state["head.weight"])
+    changed = {"state_dict": state, "image_size": 96, "fit": "letterbox", "temperature": 2.0, "threshold": 0.4,
+               "normalization": {"kind": "imagenet", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+    path = tmp_path_factory.mktemp("other") / "other.pth"
+    mad.write_tensors(path, {**{k: v for k, v in content.items() if k not in ("format", "version")}, **changed})
+    return path
+
+
+@pytest.fixture
+def bad(image: Path, tmp_path: Path) -> dict[str, Path]:
+    """Make what cannot be predicted, by name of the reason."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    data = image.read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    (folder / "text.png").write_text("this is no image")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "empty").mkdir()
+    (folder / "image1.png").mkdir()
+    return {name: folder / name for name in ("cut.png", "text.png", "zero.png", "empty", "image1.png", "missing.png")}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Read a CSV."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def logit_of(checkpoint: Path, path: Path, *, mirrored: bool = False) -> float:
+    """Compute an image's logit by the plain sequence of steps, one image, no batches."""
+    member = mad.load_member(checkpoint, CPU)
+    square = mad.fit_square(mad.read_radiograph(path), member.image_size, member.fit)
+    batch = member.normalization(torch.from_numpy(square)[None, None].float() / 255)
+    with torch.inference_mode():
+        return float(member.network(batch.flip(3) if mirrored else batch))
+
+
+def probability_of(checkpoint: Path, path: Path) -> float:
+    """Compute an image's calibrated probability."""
+    return 1 / (1 + np.exp(-logit_of(checkpoint, path) / mad.load_member(checkpoint, CPU).temperature))
+
+
+# ----- collecting
+
+
+def tree(root: Path, *names: str) -> Path:
+    """Make empty files."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def collected(*paths: Path, root: Path) -> list[tuple[str, list[str], str]]:
+    """Collect cases, as path, views and error, relative to a folder."""
+    return [(case.path.relative_to(root).as_posix(), [v.relative_to(root).as_posix() for v in case.views], case.error)
+            for case in mad.collect_cases(paths)]
+
+
+def test_study_folders_pool_and_other_folders_do_not(tmp_path: Path) -> None:
+    tree(tmp_path, "p1/study1_positive/image2.png", "p1/study1_positive/image10.png", "loose/b.png", "loose/a.jpg")
+    assert collected(tmp_path, root=tmp_path) == [
+        ("loose/a.jpg", ["loose/a.jpg"], ""),
+        ("loose/b.png", ["loose/b.png"], ""),
+        ("p1/study1_positive", ["p1/study1_positive/image2.png", "p1/study1_positive/image10.png"], ""),
+    ]
+
+
+def test_order_is_as_given_and_natural_within(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"in/patient{i}/study1/image1.png" for i in (10, 9, 100)), "z.png", "a.png")
+    order = [path for path, _, _ in collected(tmp_path / "z.png", tmp_path / "in", tmp_path / "a.png", root=tmp_path)]
+    assert order == ["z.png", "in/patient9/study1", "in/patient10/study1", "in/patient100/study1", "a.png"]
+
+
+def test_stray_files_are_not_inputs(tmp_path: Path) -> None:
+    tree(tmp_path, "study1/image1.png", "study1/._image1.png", "study1/notes.txt", ".hidden/x.png", "Thumbs.db")
+    assert collected(tmp_path, root=tmp_path) == [("study1", ["study1/image1.png"], "")]
+
+
+def test_named_file_is_an_input_whatever_it_is_called(tmp_path: Path) -> None:
+    tree(tmp_path, "scan")
+    assert collected(tmp_path / "scan", tmp_path / "gone.png", root=tmp_path) == [("scan", ["scan"], ""), ("gone.png", ["gone.png"], "")]
+
+
+def test_folders_without_images_are_a_case_each(tmp_path: Path) -> None:
+    tree(tmp_path, "empty/sub/notes.txt")
+    assert collected(tmp_path / "empty", root=tmp_path) == [("empty", [], "holds no images")]
+
+
+def test_folder_named_like_an_image_is_listed_not_entered(tmp_path: Path) -> None:
+    tree(tmp_path, "in/image1.png/inner.png", "in/image2.png")
+    assert [path for path, _, _ in collected(tmp_path / "in", root=tmp_path)] == ["in/image1.png", "in/image2.png"]
+
+
+def test_study_folder_is_known_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "study1/image1.png", "study1/image2.png")
+    monkeypatch.chdir(tmp_path / "study1")
+    assert [len(case.views) for case in mad.collect_cases([Path()])] == [2]
+
+
+# ----- records
+
+
+def finding(probability: float = float("nan"), error: str = "", name: str = "a.png") -> mad.Finding:
+    """Make a finding."""
+    return mad.Finding(Path(name), np.zeros((2, 2), np.uint8), probability, None, error)
+
+
+def result(*findings: mad.Finding, threshold: float = 0.5, error: str = "") -> mad.Result:
+    """Make a result."""
+    return mad.Result(mad.Case(Path("study1"), tuple(f.path for f in findings), error), findings, threshold)
+
+
+def test_study_is_the_mean_of_its_views() -> None:
+    """0.2, 0.9 and 0.7 give 0.6: abnormal above 0.5, normal above 0.6, with the confidence of the class."""
+    views = (finding(0.2), finding(0.9), finding(0.7))
+    assert result(*views).probability == pytest.approx(0.6)
+    assert (result(*views).label, result(*views).confidence) == (1, pytest.approx(0.6))
+    assert (result(*views, threshold=0.65).label, result(*views, threshold=0.65).confidence) == (0, pytest.approx(0.4))
+    assert result(finding(0.5)).label == 0, "abnormal is above the threshold, not at it"
+
+
+def test_unreadable_views_are_left_out_of_the_mean_and_named() -> None:
+    mixed = result(finding(0.2), finding(error="damaged", name="b.png"), finding(0.4))
+    assert mixed.probability == pytest.approx(0.3)
+    assert mixed.error == "b.png: damaged"
+    assert mixed.row() == {"path": "study1", "prediction": "normal", "confidence": pytest.approx(0.7), "probability": pytest.approx(0.3),
+                           "error": "b.png: damaged"}
+
+
+def test_nothing_readable_is_no_prediction() -> None:
+    for failed in (result(finding(error="damaged")), result(error="holds no images")):
+        row = failed.row()
+        assert (row["prediction"], row["confidence"], row["probability"]) == (None, None, None)
+        assert row["error"] in ("damaged", "holds no images")
+
+
+@pytest.mark.parametrize(("views", "batch", "sizes"), [([1] * 5, 2, [2, 2, 1]), ([3, 3, 1], 4, [2, 1]), ([0, 0, 5], 2, [3]), ([], 2, [])])
+def test_blocks_fill_a_batch_and_keep_studies_whole(views: list[int], batch: int, sizes: list[int]) -> None:
+    cases = [mad.Case(Path(str(i)), (Path("x"),) * count) for i, count in enumerate(views)]
+    blocks = list(mad.blocks_of(cases, batch))
+    assert [len(block) for block in blocks] == sizes
+    assert [case for block in blocks for case in block] == cases
+
+
+# ----- one input
+
+
+def test_one_image_gives_a_line_and_a_figure(ask: Ask, image: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(image) == mad.EXIT_DONE
+    printed = capsys.readouterr()
+    expected = probability_of(trained, image)
+    label = mad.CLASSES[expected > 0.5]
+    assert f"{image}: {label}, confidence {max(expected, 1 - expected):.1%} (probability of abnormal {expected:.4f})" in printed.out
+    assert "figure: image1_heatmap.png" in printed.out
+    assert Image.open("image1_heatmap.png").size == (1155, 451)
+    assert printed.err.count(mad.RESEARCH_ONLY) == 1
+
+
+def test_study_shows_its_views(ask: Ask, studies: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    count = len(list(studies[0].glob("*.png")))
+    assert count > 1
+    assert ask(studies[0]) == mad.EXIT_DONE
+    out = capsys.readouterr().out
+    assert f", {count} views)" in out
+    assert out.count("\n    image") == count
+    assert Image.open(f"{studies[0].name}_heatmap.png").height == pytest.approx(110 * (0.7 + 3.4 * count), abs=2)
+
+
+def test_figure_goes_where_it_is_wanted(ask: Ask, image: Path) -> None:
+    """A file, a new folder above it, and an existing folder."""
+    Path("there").mkdir()
+    for asked, written in (("a.png", "a.png"), ("new/b.jpg", "new/b.jpg"), ("there", "there/image1_heatmap.png")):
+        assert ask(image, "--figure", asked) == mad.EXIT_DONE
+        assert Image.open(written).width == 1155
+
+
+def test_figure_of_an_unknown_kind_is_refused_before_work(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ask(image, "--figure", "a.txt")
+    assert caught.value.code == mad.EXIT_USAGE
+    assert "--figure a.txt: use .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["abnormal", "normal", "predicted"])
+def test_class_that_is_explained(choice: str, ask: Ask, image: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panel's heat is relu(evidence) for abnormal, relu(-evidence) for normal, and the label says which."""
+    seen: list[Any] = []
+    monkeypatch.setattr(mad, "save_explanation", lambda *arguments, **options: seen.append(arguments))
+    ask(image, "--cam-class", choice, "--save-cam", "maps.npz", "--figure", "x.png")
+    evidence = np.load("maps.npz")[str(image)]
+    explained = choice if choice != "predicted" else mad.CLASSES[probability_of(trained, image) > 0.5]
+    _, (panel,), heading, label = seen[0]
+    np.testing.assert_array_equal(panel.heat, np.maximum(evidence if explained == "abnormal" else -evidence, 0))
+    assert label == f"evidence for {explained}, logits"
+    assert "XR_" in heading
+    assert mad.RESEARCH_ONLY in heading
+
+
+def test_threshold_decides_the_class(ask: Ask, image: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probability = probability_of(trained, image)
+    for threshold, label in ((probability * 0.99, "abnormal"), (min(probability * 1.01, 0.999), "normal")):
+        ask(image, "--threshold", threshold, "--output", "r.csv", "--figure", "x.png")
+        row = rows_of(Path("r.csv"))[0]
+        assert row["prediction"] == label
+        assert float(row["probability"]) == pytest.approx(probability, abs=1e-5)
+    capsys.readouterr()
+
+
+def test_threshold_stored_in_the_model_is_used(ask: Ask, image: Path, other: Path, trained: Path) -> None:
+    """0.4 of one model, and of two the mean of 0.4 and 0.5."""
+    config = mad.Config(checkpoint=(other,))
+    assert mad.choose_threshold(config, mad.load_members(config, CPU)) == (0.4, mad.load_member(other, CPU).threshold_source)
+    config = mad.Config(checkpoint=(other, trained))
+    assert mad.choose_threshold(config, mad.load_members(config, CPU))[0] == pytest.approx(0.45)
+    assert mad.choose_threshold(mad.Config(threshold=0.3), [])[0] == 0.3
+
+
+# ----- the same figures as --evaluate
+
+
+def test_prediction_equals_evaluation(ask: Ask, trained: Path, phantoms: Path, tmp_path: Path) -> None:
+    """Study by study the mean of what --evaluate writes for the images of valid/; image by image the same."""
+    copy = shutil.copy(trained, tmp_path / "copy.pth")
+    assert run_inside("--data-dir", phantoms, "--evaluate", "--checkpoint", copy, "--bootstrap", 100, "--device", "cpu",
+                      "--precision", "fp32") == 0
+    expected = defaultdict(list)
+    for row in rows_of(tmp_path / "copy.valid.csv"):
+        expected[row["study"]].append(float(row["probability"]))
+    assert ask(phantoms / "valid", "--output", "r.csv", "--batch-size", 5) == mad.EXIT_DONE
+    rows = rows_of(Path("r.csv"))
+    assert len(rows) == len(expected)
+    for row in rows:
+        study = Path(row["path"]).relative_to(phantoms / "valid").as_posix()
+        assert float(row["probability"]) == pytest.approx(np.mean(expected[study]), abs=1e-5)
+
+
+def test_batch_size_and_company_do_not_matter(ask: Ask, studies: list[Path]) -> None:
+    images = [path for study in studies[:4] for path in sorted(study.glob("*.png"))]
+    outcomes = []
+    for batch, order in ((1, images), (3, images[::-1]), (64, images)):
+        ask(*order, "--output", "r.json", "--batch-size", batch)
+        outcomes.append({row["path"]: row["probability"] for row in json.loads(Path("r.json").read_text())})
+    for outcome in outcomes[1:]:
+        assert outcome == {path: pytest.approx(value, abs=1e-5) for path, value in outcomes[0].items()}
+
+
+def test_ensemble_is_the_mean_of_calibrated_probabilities(ask: Ask, image: Path, trained: Path, other: Path) -> None:
+    """Each member with its own size, fit, normalisation and temperature."""
+    ask(image, "--checkpoint", trained, other, "--output", "r.json", "--save-cam", "both.npz")
+    singles = [probability_of(path, image) for path in (trained, other)]
+    assert abs(singles[0] - singles[1]) > 1e-3
+    assert json.loads(Path("r.json").read_text())[0]["probability"] == pytest.approx(np.mean(singles), abs=1e-5)
+    maps = []
+    for path in (trained, other):
+        ask(image, "--checkpoint", path, "--save-cam", "one.npz")
+        maps.append(np.load("one.npz")[str(image)])
+    np.testing.assert_allclose(np.load("both.npz")[str(image)], np.mean(maps, axis=0), atol=1e-4)
+
+
+def test_tta_averages_logits_of_both_mirror_images(ask: Ask, image: Path, other: Path) -> None:
+    pair = [logit_of(other, image, mirrored=mirrored) for mirrored in (False, True)]
+    assert abs(pair[0] - pair[1]) > 1e-3
+    ask(image, "--checkpoint", other, "--tta", "--output", "r.json", "--save-cam", "maps.npz")
+    expected = 1 / (1 + np.exp(-np.mean(pair) / 2.0))
+    assert json.loads(Path("r.json").read_text())[0]["probability"] == pytest.approx(expected, abs=1e-5)
+    mirror = Path("mirror.png")
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirror)
+    ask(mirror, "--checkpoint", other, "--tta", "--save-cam", "mirrored.npz")
+    turned = np.load("mirrored.npz")[str(mirror)][:, ::-1]
+    np.testing.assert_allclose(np.load("maps.npz")[str(image)], turned, atol=1e-2 * np.abs(turned).max())
+
+
+def test_raw_maps_have_the_size_of_the_originals(ask: Ask, image: Path, trained: Path, tmp_path: Path) -> None:
+    """Keys are the paths; the mean over the network's square input is the logit less the bias."""
+    wide = tmp_path / "wide image.png"
+    Image.open(image).resize((150, 70)).save(wide)
+    ask(image, "wide image.png", "--save-cam", "out/maps.npz")
+    with np.load("out/maps.npz") as maps:
+        assert set(maps.files) == {str(image), "wide image.png"}
+        assert maps["wide image.png"].shape == (70, 150)
+        assert maps[str(image)].shape == Image.open(image).size[::-1]
+        network = mad.load_member(trained, CPU).network
+        heat = maps[str(image)].mean()
+    assert heat == pytest.approx(logit_of(trained, image) - float(network.head.bias), abs=0.02 + 0.05 * abs(heat))
+
+
+# ----- several inputs, some bad
+
+
+def test_every_input_has_one_row(ask: Ask, image: Path, studies: list[Path], bad: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Files, a study and all that can be wrong, in the order given; CSV and JSON say the same."""
+    inputs = [bad["cut.png"], image, bad["text.png"], bad["missing.png"], studies[1], bad["empty"], bad["zero.png"], bad["image1.png"]]
+    assert ask(*inputs, "--output", "r.csv") == mad.EXIT_SOME_FAILED
+    printed = capsys.readouterr()
+    rows = rows_of(Path("r.csv"))
+    assert list(rows[0]) == ["path", "prediction", "confidence", "probability", "error"]
+    assert [row["path"] for row in rows] == [str(path) for path in inputs]
+    assert [bool(row["prediction"]) for row in rows] == [path in (image, studies[1]) for path in inputs]
+    assert [bool(row["error"]) for row in rows] == [path not in (image, studies[1]) for path in inputs]
+    for path in bad.values():
+        assert printed.err.count(f"{path}: ") == 1
+        assert f"{path}: " not in printed.out
+    assert "Traceback" not in printed.err
+    assert printed.err.count(mad.RESEARCH_ONLY) == 1
+    assert not list(Path().glob("*heatmap*")), "several inputs make no figures unless --figure asks for them"
+    ask(*inputs, "--output", "r.json")
+    for row, twin in zip(rows, json.loads(Path("r.json").read_text()), strict=True):
+        assert {key: "" if value is None else str(value) for key, value in twin.items()} == row
+
+
+@pytest.mark.parametrize("name", ["cut.png", "text.png", "zero.png", "empty", "image1.png", "missing.png"])
+def test_single_failure_is_exit_1_with_one_line(name: str, ask: Ask, bad: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(bad[name], "--output", "r.csv") == mad.EXIT_FAILED
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if str(bad[name]) in line]
+    assert len(lines) == 1
+    assert len(rows_of(Path("r.csv"))) == 1
+
+
+def test_study_with_one_bad_view_is_predicted_and_reported(ask: Ask, studies: list[Path], bad: dict[str, Path], tmp_path: Path) -> None:
+    """It has a prediction, so it did not fail as a whole: exit 3, also where it is the only input."""
+    study = Path(shutil.copytree(studies[0], tmp_path / "study9_positive"))
+    shutil.copy(bad["cut.png"], study / "image9.png")
+    assert ask(study, "--output", "r.json") == mad.EXIT_SOME_FAILED
+    (row,) = json.loads(Path("r.json").read_text())
+    assert row["prediction"] in mad.CLASSES
+    assert row["error"].startswith("image9.png: ")
+    ask(studies[0], "--output", "whole.json")
+    assert row["probability"] == pytest.approx(json.loads(Path("whole.json").read_text())[0]["probability"], abs=1e-5)
+
+
+def test_directory_named_like_an_image_inside_a_folder(ask: Ask, image: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    (folder / "image2.png").mkdir(parents=True)
+    shutil.copy(image, folder / "image1.png")
+    assert ask(folder, "--output", "r.csv") == mad.EXIT_SOME_FAILED
+    assert [row["error"] for row in rows_of(Path("r.csv"))] == ["", "a folder, not an image"]
+
+
+def test_figures_of_several_inputs_fill_a_folder(ask: Ask, image: Path, studies: list[Path], bad: dict[str, Path]) -> None:
+    """Numbered like the inputs, so that equal names do not overwrite each other; none for what failed."""
+    assert ask(image, bad["cut.png"], image, studies[1], "--figure", "figures") == mad.EXIT_SOME_FAILED
+    names = sorted(path.name for path in Path("figures").iterdir())
+    assert names == ["0001_image1.png", "0003_image1.png", f"0004_{studies[1].name}.png"]
+
+
+def test_file_as_folder_of_figures_is_refused(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("a file")
+    for name in ("one.png", "taken"):
+        assert ask(image, image, "--figure", name) == mad.EXIT_USAGE
+        assert capsys.readouterr().err.strip().endswith(f"--figure {name}: is to be a folder for several inputs")
+
+
+def test_very_many_views_are_not_all_drawn(ask: Ask, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder called study_all may hold hundreds of images: all count, a figure shows the first."""
+    monkeypatch.setattr(mad, "FIGURE_ROWS", 2)
+    folder = tmp_path / "study_all"
+    folder.mkdir()
+    for i in range(1, 6):
+        shutil.copy(image, folder / f"image{i}.png")
+    assert ask(folder) == mad.EXIT_DONE
+    assert "(the first 2 of 5 views)" in capsys.readouterr().out
+    assert Image.open("study_all_heatmap.png").height == pytest.approx(110 * (0.7 + 3.4 * 2), abs=2)
+
+
+def test_coloured_picture_is_predicted_and_warned_about(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    Image.fromarray((random.integers(0, 255, (80, 80, 3)) * (1, 0.2, 0.1)).astype(np.uint8)).save("holiday.png")
+    assert ask("holiday.png", image, "--output", "r.csv") == mad.EXIT_DONE
+    err = capsys.readouterr().err
+    assert err.count("does not look like a radiograph") == 1
+    assert "holiday.png: does not look like a radiograph (strongly coloured)" in err
+    assert all(row["prediction"] and not row["error"] for row in rows_of(Path("r.csv")))
+
+
+@pytest.mark.parametrize("name", ["has space & $dollar$.png", "Röntgen 骨.png", "quote\"s, comma.png", "line\nbreak.png", "-dash.png"])
+def test_odd_names(name: str, ask: Ask, image: Path, tmp_path: Path) -> None:
+    path = tmp_path / name
+    shutil.copy(image, path)
+    assert ask(path, "--output", "r.csv") == mad.EXIT_DONE
+    assert rows_of(Path("r.csv"))[0]["path"] == str(path)
+    assert (tmp_path / f"{path.stem}_heatmap.png").exists()
+
+
+def test_unwritable_output_is_one_line(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("in the way")
+    assert ask(image, "--output", "file/r.csv") == mad.EXIT_FAILED
+    assert "file/r.csv: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_checkpoint_that_is_missing_or_something_else(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.pth").write_bytes(b"something else")
+    for name, reason in (("gone.pth", "cannot be read"), ("other.pth", "is not a checkpoint of this program")):
+        assert ask(image, "--checkpoint", name) == mad.EXIT_USAGE
+        assert f"{name}: {reason}" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ----- export
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export the tiny model in both formats; returns the folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name in ("tiny.pt2", "tiny.onnx"):
+        assert run_inside("--export", folder / name, "--checkpoint", trained) == 0
+    return folder
+
+
+def grey(count: int) -> torch.Tensor:
+    """Draw images in the range that an exported network expects."""
+    return torch.rand(count, 1, 64, 64, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ["tiny.pt2", "tiny.onnx"])
+def test_exported_network_agrees_with_torch(name: str, count: int, exported: Path, trained: Path) -> None:
+    """Run as a stranger would, with nothing of this program."""
+    images = grey(count)
+    if name.endswith(".onnx"):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(exported / name))
+        (output,) = session.run(["probability"], {"images": images.numpy()})
+    else:
+        output = torch.export.load(exported / name).module()(images).numpy()
+    member = mad.load_member(trained, CPU)
+    with torch.inference_mode():
+        expected = mad.sigmoid(member.network(member.normalization(images)).numpy(), member.temperature)
+    assert output.shape == (count,)
+    np.testing.assert_allclose(output, expected, atol=1e-4)
+
+
+def test_exported_file_says_how_to_use_it(exported: Path, trained: Path) -> None:
+    import onnx
+
+    metadata = {entry.key: entry.value for entry in onnx.load(exported / "tiny.onnx").metadata_props}
+    files = {"about.json": ""}
+    torch.export.load(exported / "tiny.pt2", extra_files=files)
+    about = json.loads(files["about.json"])
+    member = mad.load_member(trained, CPU)
+    for text in (metadata, about):
+        assert text["input"] == "grey, float32 (batch, 1, 64, 64), 0 black to 1 white, fit: stretch"
+        assert float(text["temperature"]) == member.temperature
+        assert float(text["threshold"]) == member.threshold
+        assert text["architecture"] == "resnet50"
+        assert text["use"] == mad.RESEARCH_ONLY
+        assert "image" in text["normalization"]
+
+
+def test_deployed_contains_normalisation_and_temperature(other: Path, image: Path) -> None:
+    member = mad.load_member(other, CPU)
+    square = torch.from_numpy(mad.fit_square(mad.read_radiograph(image), 96, "letterbox"))[None, None].float() / 255
+    with torch.inference_mode():
+        assert float(mad.Deployed(member)(square)) == pytest.approx(probability_of(other, image), abs=1e-6)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_missing_package_is_named(package: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run_inside("--export", tmp_path / "x.onnx", "--checkpoint", trained) == mad.EXIT_USAGE
+    assert capsys.readouterr().err.count("pip install onnx onnxscript onnxruntime") == 1
+    assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("gap", [2e-4, float("nan")])
+def test_export_that_differs_is_removed(gap: float, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run = mad.run_pt2
+    monkeypatch.setattr(mad, "run_pt2", lambda target, images: run(target, images) + gap)
+    assert run_inside("--export", tmp_path / "x.pt2", "--checkpoint", trained) == mad.EXIT_FAILED
+    assert "differs by" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
