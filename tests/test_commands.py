@@ -110,7 +110,9 @@ def test_report_says_how_sets_were_separated_and_what_valid_is_not(trained: Path
 def test_evaluate_alone_repeats_the_figures_of_training(trained: Path, phantoms: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.pth"
     shutil.copy(trained, copy)
-    done = run_command("--data-dir", phantoms, "--evaluate", "--checkpoint", copy, "--bootstrap", "100", "--device", "cpu", "--batch-size", "8")
+    done = run_command(
+        "--data-dir", phantoms, "--evaluate", "--checkpoint", copy, "--bootstrap", "100", "--device", "cpu", "--batch-size", "8"
+    )
     assert done.returncode == 0, done.stderr
     assert "AUROC" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 100
     first, second = (json.loads(path.with_suffix(".report.json").read_text()) for path in (trained, copy))
@@ -129,15 +131,22 @@ def test_ensemble_is_the_mean_of_its_members(trained: Path, phantoms: Path, tmp_
         mad.write_tensors(paths[-1], {key: value for key, value in content.items() if key not in ("format", "version")})
     scores = {}
     for which in (paths[:1], paths[1:], paths):
-        assert run_inside("--data-dir", phantoms, "--evaluate", "--checkpoint", *which, "--bootstrap", "100", "--device", "cpu") == 0
-        scores[len(which), which[0].stem] = np.array([float(row["probability"]) for row in rows_of(which[0].with_suffix(".valid.csv"))])
+        assert (
+            run_inside("--data-dir", phantoms, "--evaluate", "--checkpoint", *which, "--bootstrap", "100", "--device", "cpu")
+            == 0
+        )
+        scores[len(which), which[0].stem] = np.array(
+            [float(row["probability"]) for row in rows_of(which[0].with_suffix(".valid.csv"))]
+        )
     assert np.abs(scores[1, "a"] - scores[1, "b"]).max() > 1e-3
     np.testing.assert_allclose(scores[2, "a"], (scores[1, "a"] + scores[1, "b"]) / 2, atol=1e-6)
     report = json.loads(paths[0].with_suffix(".report.json").read_text())
     assert set(report["members"]) == {str(path) for path in paths}
 
 
-def test_scoring_the_training_patients_is_warned_about(trained: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_the_training_patients_is_warned_about(
+    trained: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "copy.pth"
     shutil.copy(trained, copy)
     assert run_inside("--data-dir", phantoms, "--evaluate", "--split", "train", "--checkpoint", copy, "--bootstrap", "100") == 0
@@ -166,7 +175,9 @@ def test_training_needs_no_valid_folder(phantom_copy: Path, tmp_path: Path, caps
 def test_tasks_limit_the_parts(phantoms: Path, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.pth"
     shutil.copy(trained, copy)
-    assert run_inside("--data-dir", phantoms, "--evaluate", "--tasks", "humerus", "--checkpoint", copy, "--bootstrap", "100") == 0
+    assert (
+        run_inside("--data-dir", phantoms, "--evaluate", "--tasks", "humerus", "--checkpoint", copy, "--bootstrap", "100") == 0
+    )
     assert {row["part"] for row in rows_of(tmp_path / "copy.valid.csv")} == {"XR_HUMERUS"}
 
 
@@ -180,7 +191,11 @@ BAD = {
     "another architecture": (["--predict", "{image}", "--checkpoint", "{model}", "--model", "densenet169"], 2, "resnet50"),
     "CUDA where there is none": (["--data-dir", "{data}", "--device", "cuda:99"], 2, "cuda:99"),
     "tf32 on a CPU": (["--data-dir", "{data}", "--device", "cpu", "--precision", "tf32"], 2, "tf32"),
-    "an unreadable image": (["--predict", "{data}/train_image_paths.csv", "--checkpoint", "{model}"], 1, "train_image_paths.csv"),
+    "an unreadable image": (
+        ["--predict", "{data}/train_image_paths.csv", "--checkpoint", "{model}"],
+        1,
+        "train_image_paths.csv",
+    ),
 }
 
 

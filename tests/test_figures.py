@@ -48,7 +48,9 @@ def content(figure: Figure, axes: Any) -> np.ndarray:
     pixels = rendered(figure)
     figure.set_dpi(60)
     box = axes.get_window_extent()
-    return pixels[round(len(pixels) - box.y1) + 2 : round(len(pixels) - box.y0) - 2, round(box.x0) + 2 : round(box.x1) - 2]
+    return pixels[
+        round(len(pixels) - box.y1) + 2 : round(len(pixels) - box.y0) - 2, round(box.x0) + 2 : round(box.x1) - 2
+    ]
 
 
 def test_three_panels_a_row_and_one_colour_bar() -> None:
@@ -64,7 +66,9 @@ def test_three_panels_a_row_and_one_colour_bar() -> None:
 
 def test_original_is_drawn_on_the_full_grey_scale() -> None:
     """An image that uses few grey levels is not stretched: 100 to 140 stay mid grey."""
-    figure, axes = drawn(mad.Panel(np.linspace(100, 140, 2400).reshape(40, 60).astype(np.uint8), np.zeros((40, 60)), "x"))
+    figure, axes = drawn(
+        mad.Panel(np.linspace(100, 140, 2400).reshape(40, 60).astype(np.uint8), np.zeros((40, 60)), "x")
+    )
     grey = content(figure, axes[0])
     assert 98 <= grey.min() <= grey.max() <= 142
 
@@ -130,7 +134,7 @@ def test_names_are_shown_as_they_are(name: str) -> None:
     assert not axes[0].title.get_parse_math()
 
 
-def test_foreign_scripts_do_not_fill_stderr(recwarn: pytest.WarningsRecorder) -> None:
+def test_drawing_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
     figure, _ = drawn(panel(1.0, title="Röntgen.png"))
     rendered(figure)
     assert not recwarn.list
@@ -175,7 +179,10 @@ def test_unwritable_place_is_one_line(tmp_path: Path) -> None:
 def history(**columns: list[float | None]) -> list[dict[str, float | None]]:
     """Make rows of a history; a column not given is None throughout."""
     count = len(next(iter(columns.values())))
-    return [{"epoch": i + 1.0, **{n: columns.get(n, [None] * count)[i] for n in mad.HISTORY_COLUMNS[1:]}} for i in range(count)]
+    return [
+        {"epoch": i + 1.0, **{n: columns.get(n, [None] * count)[i] for n in mad.HISTORY_COLUMNS[1:]}}
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -194,7 +201,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 def test_curves_show_the_history(figures: list[Figure]) -> None:
     file = io.BytesIO()
-    mad.draw_history(history(train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_auroc=[0.6, None], val_kappa=[None, None]), file)
+    mad.draw_history(
+        history(train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_auroc=[0.6, None], val_kappa=[None, None]), file
+    )
     loss, accuracy, study = figures[0].axes
     assert [a.get_title() for a in (loss, accuracy, study)] == ["loss", "accuracy", "study level"]
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in loss.lines}
@@ -240,15 +249,20 @@ def test_no_window_off_a_terminal(terminal: None, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("backend", ["agg", "Agg", "pdf", "svg"])
-def test_no_window_where_mplbackend_only_writes_files(backend: str, terminal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_window_where_mplbackend_only_writes_files(
+    backend: str, terminal: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("matplotlib.pyplot.get_backend", lambda: backend)
     assert not mad.can_show(mad.Config())
 
 
 def test_no_window_where_the_toolkit_cannot_start(terminal: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """MPLBACKEND=TkAgg without a display: matplotlib says so only when the backend is loaded."""
+
     def refuse(name: str) -> None:
-        raise ImportError("Cannot load backend 'TkAgg' which requires the 'tk' interactive framework, as 'headless' is running")
+        raise ImportError(
+            "Cannot load backend 'TkAgg' which requires the 'tk' interactive framework, as 'headless' is running"
+        )
 
     monkeypatch.setattr("matplotlib.pyplot.switch_backend", refuse)
     assert not mad.can_show(mad.Config())
@@ -272,8 +286,11 @@ def display() -> Iterator[str]:
     if not shutil.which("Xvfb"):
         pytest.skip("Xvfb is not installed")
     reading, writing = os.pipe()
-    with subprocess.Popen(["Xvfb", "-displayfd", str(writing), "-screen", "0", "1600x1000x24"], pass_fds=[writing],
-                          stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", str(writing), "-screen", "0", "1600x1000x24"],
+        pass_fds=[writing],
+        stderr=subprocess.DEVNULL,
+    ) as server:
         os.close(writing)
         with os.fdopen(reading) as number:
             yield f":{number.readline().strip()}"
@@ -304,12 +321,31 @@ WINDOW = """
 def test_real_window(choice: str, display: str, trained: Path, phantoms: Path, tmp_path: Path) -> None:
     """On a terminal with a display the figure opens in a window; it is saved in any case."""
     image = next((phantoms / "valid").rglob("image1.png"))
-    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"DISPLAY": display, "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {
+        "DISPLAY": display,
+        "PYTHONPATH": str(SCRIPT.parent),
+    }
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", textwrap.dedent(WINDOW), "--predict", str(image), "--checkpoint", str(trained), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(WINDOW),
+        "--predict",
+        str(image),
+        "--checkpoint",
+        str(trained),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
-        command + ["--no-show"] * (choice == "no window"), cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=theirs,
-        stderr=subprocess.PIPE, timeout=120, check=False,
+        command + ["--no-show"] * (choice == "no window"),
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
     )
     os.close(theirs)
     printed = os.read(ours, 65536).decode()

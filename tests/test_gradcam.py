@@ -34,7 +34,9 @@ def images(count: int, seed: int = 0) -> Tensor:
     """Draw normalised images with structure at several scales."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 6, 6, generator=random)
-    return torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear") + 0.3 * torch.randn(count, 3, SIZE, SIZE, generator=random)
+    return torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear") + 0.3 * torch.randn(
+        count, 3, SIZE, SIZE, generator=random
+    )
 
 
 class Column(torch.nn.Module):
@@ -50,13 +52,16 @@ class Column(torch.nn.Module):
 
 def peer_maps(network: mad.Network, batch: Tensor, sign: int) -> tuple[np.ndarray, np.ndarray]:
     """Run pytorch-grad-cam on sign * logit: raw maps (B, h, w), and its own result (B, S, S), scaled to 0..1."""
+
     def target(output: Tensor) -> Tensor:
         return sign * output[0]
 
     with GradCAM(model=Column(network), target_layers=[network.backbone]) as cam:
         scaled = cam(input_tensor=batch, targets=[target] * len(batch))
         kept: Any = cam.activations_and_grads
-        raw = cam.get_cam_image(batch, network.backbone, [target], kept.activations[0].numpy(), kept.gradients[0].numpy())
+        raw = cam.get_cam_image(
+            batch, network.backbone, [target], kept.activations[0].numpy(), kept.gradients[0].numpy()
+        )
     network.zero_grad(set_to_none=True)
     return np.maximum(raw, 0), scaled
 
@@ -99,7 +104,8 @@ def test_mean_of_the_evidence_is_the_logit_less_the_bias(network: mad.Network) -
 
 
 def test_hand_worked_map() -> None:
-    """Two channels, one row of two cells: evidence is 2 * first - 3 * second, its mean the logit less the bias of 10."""
+    """Two channels, one row of two cells: 2 * first - 3 * second; their mean and the bias of 10 make the logit."""
+
     class Small(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,7 +160,7 @@ def test_gathered_gradients_and_training_flag_survive() -> None:
 
 
 def test_randomised_weights_destroy_the_map(network: mad.Network) -> None:
-    """The sanity check of arXiv 1810.03292: a map that survives it shows edges of the image, not what the network saw."""
+    """The sanity check of arXiv 1810.03292: a map that survives it shows the image, not what was seen in it."""
     batch = images(6)
     before = mad.grad_cam(network, batch)[1].flatten(1)
     for part in ("head", "backbone"):
@@ -187,7 +193,7 @@ def test_under_autocast_the_results_are_fp32() -> None:
 
 
 def heat_of_marker(height: int, width: int, row: int, column: int, fit: str, size: int = 320) -> np.ndarray:
-    """Paint one pixel's neighbourhood bright, bring it through the preprocessing, reduce it to a map as a network would."""
+    """Paint one pixel's neighbourhood bright, bring it through the preprocessing, reduce it to a map."""
     marker = np.zeros((height, width), np.uint8)
     reach = max(height, width) // 12
     marker[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = 255
@@ -198,7 +204,9 @@ def heat_of_marker(height: int, width: int, row: int, column: int, fit: str, siz
 
 @pytest.mark.parametrize("fit", ["stretch", "letterbox"])
 @pytest.mark.parametrize(("height", "width"), [(512, 300), (300, 512), (1500, 400), (64, 64), (97, 203)])
-@pytest.mark.parametrize(("down", "right"), [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("down", "right"), [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5), (0.5, 0.5)]
+)
 def test_marker_stays_where_it_is(fit: str, height: int, width: int, down: float, right: float) -> None:
     """Corners, edges and centre of the original, whatever its aspect: the heat's peak lies on the marker."""
     row, column = round(down * (height - 1)), round(right * (width - 1))

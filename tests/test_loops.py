@@ -287,7 +287,7 @@ def test_a_trainer_continues_from_its_state(plain: PlainNetwork) -> None:
 
 
 def run_epoch(
-    trainer: mad.Trainer, album: Album, batch_size: int, stop: object = None, after: object = lambda: None
+    trainer: mad.Trainer, album: Album, batch_size: int, stop: object = None, after: object = lambda stopping: None
 ) -> None:
     config = mad.Config(batch_size=batch_size, seed=4)
     feed = mad.Feed(album, CPU.device)
@@ -313,7 +313,8 @@ def test_a_signal_stops_after_the_batch_in_hand(plain: PlainNetwork) -> None:
     album, trainer, stop = Album(12), make_trainer(plain), quiet()
     stop.check = lambda: (_ for _ in ()).throw(mad.Stopped(stop.signum)) if stop.signum else None
 
-    def after() -> None:
+    def after(stopping: bool) -> None:
+        assert stopping == (stop.signum != 0)
         stop.check()
         if trainer.progress.batch == 1:
             stop.signum = signal.SIGTERM
@@ -322,6 +323,28 @@ def test_a_signal_stops_after_the_batch_in_hand(plain: PlainNetwork) -> None:
         run_epoch(trainer, album, 4, stop, after)
     assert trainer.progress.batch == 2
     assert caught.value.exit_code == 143
+
+
+def test_processes_stop_only_together(plain: PlainNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that came after the processes have compared notes waits for the next batch; another's is obeyed."""
+    album, trainer, stop = Album(16), make_trainer(plain), quiet()
+    trainer.processes = mad.Processes(0, 2)
+    told: list[tuple[bool, int]] = []
+
+    def total(self: mad.Processes, values: Tensor) -> list[float]:
+        sums = values.tolist()
+        if not stop.signum:
+            stop.signum = signal.SIGINT  # just too late
+        return sums
+
+    monkeypatch.setattr(mad.Processes, "total", total)
+    run_epoch(trainer, album, 4, stop, lambda stopping: told.append((stopping, stop.signum)))
+    assert told == [(False, signal.SIGINT)] + [(True, signal.SIGINT)] * 3
+    told.clear()
+    trainer.progress.batch, stop.signum = 2, 0
+    monkeypatch.setattr(mad.Processes, "total", lambda self, values: [*values.tolist()[:3], signal.SIGTERM])
+    run_epoch(trainer, album, 4, stop, lambda stopping: told.append((stopping, stop.signum)))
+    assert told == [(True, signal.SIGTERM)] * 2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

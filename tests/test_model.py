@@ -22,7 +22,7 @@ HUB_FILES = {"densenet169": "densenet169-b2777c0a.pth", "resnet50": "resnet50-06
 
 @functools.cache
 def torchvision_network(model: str) -> Any:
-    """Make torchvision's own classifier (not to be changed), every tensor random: fresh batch norms would hide a wrong order."""
+    """Make torchvision's own classifier (not to be changed), all random: fresh norms would hide a wrong order."""
     torch.manual_seed(3)
     network = getattr(torchvision.models, model)()
     for module in network.modules():
@@ -123,7 +123,9 @@ def test_half_precision_file_gives_a_single_precision_network(tmp_path: Path) ->
 def test_file_without_batch_counters_or_classifier_is_enough(tmp_path: Path) -> None:
     """Files from before torch 0.4 count no batches, and the 1,000 classes are not ours."""
     twin = torchvision_network("resnet50")
-    bare = {key: value for key, value in twin.state_dict().items() if "num_batches" not in key and not key.startswith("fc.")}
+    bare = {
+        key: value for key, value in twin.state_dict().items() if "num_batches" not in key and not key.startswith("fc.")
+    }
     assert len(bare) < len(twin.state_dict()) - 50
     torch.save(bare, tmp_path / "bare.pth")
     network = mad.build_network("resnet50", str(tmp_path / "bare.pth"), seed=0)
@@ -219,6 +221,7 @@ def test_missing_weights_file_and_folder_are_named(tmp_path: Path) -> None:
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cut the network off and give torch an empty hub folder; returns where it keeps checkpoints."""
+
     def refuse(*arguments: object, **options: object) -> None:
         raise urllib.error.URLError("Name or service not known")
 
@@ -238,8 +241,21 @@ def test_offline_says_which_file_goes_where(model: str, offline: Path) -> None:
     assert caught.value.exit_code == mad.EXIT_FAILED
 
 
-def test_offline_training_ends_with_that_line(offline: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--data-dir", phantoms, "--checkpoint", tmp_path / "a.pth", "--model", "resnet50", "--device", "cpu", "--image-size", 64]
+def test_offline_training_ends_with_that_line(
+    offline: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--data-dir",
+        phantoms,
+        "--checkpoint",
+        tmp_path / "a.pth",
+        "--model",
+        "resnet50",
+        "--device",
+        "cpu",
+        "--image-size",
+        64,
+    ]
     assert mad.main(mad.parse_options([str(argument) for argument in arguments])) == mad.EXIT_FAILED
     assert HUB_FILES["resnet50"] in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "a.pth").exists()
@@ -293,19 +309,32 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False
 @pytest.mark.parametrize(
     ("hardware", "name", "rank", "expected"),
     [
-        ({"cuda": 2, "mps": True}, "auto", 0, "cuda:0"), ({"mps": True}, "auto", 0, "mps"), ({}, "auto", 0, "cpu"),
-        ({"cuda": 2}, "cuda", 1, "cuda:1"), ({"cuda": 2}, "cuda:1", 0, "cuda:1"), ({"cuda": 2}, "cpu", 1, "cpu"),
+        ({"cuda": 2, "mps": True}, "auto", 0, "cuda:0"),
+        ({"mps": True}, "auto", 0, "mps"),
+        ({}, "auto", 0, "cpu"),
+        ({"cuda": 2}, "cuda", 1, "cuda:1"),
+        ({"cuda": 2}, "cuda:1", 0, "cuda:1"),
+        ({"cuda": 2}, "cpu", 1, "cpu"),
     ],
 )
-def test_device_choice(hardware: dict[str, Any], name: str, rank: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_choice(
+    hardware: dict[str, Any], name: str, rank: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend(monkeypatch, **hardware)
     assert mad.choose_device(name, rank) == torch.device(expected)
 
 
 @pytest.mark.parametrize(
     ("hardware", "name"),
-    [({}, "cuda"), ({}, "cuda:0"), ({}, "mps"), ({"cuda": 1}, "cuda:1"), ({"cuda": 1}, "mps"), ({"cuda": 1}, "cuda:300"),
-     ({"cuda": 1}, "cuda:99999999999999999999")],
+    [
+        ({}, "cuda"),
+        ({}, "cuda:0"),
+        ({}, "mps"),
+        ({"cuda": 1}, "cuda:1"),
+        ({"cuda": 1}, "mps"),
+        ({"cuda": 1}, "cuda:300"),
+        ({"cuda": 1}, "cuda:99999999999999999999"),
+    ],
 )
 def test_absent_device_is_named(hardware: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, **hardware)
@@ -323,7 +352,10 @@ def test_more_processes_than_cards_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("device", "units", "precision", "bf16"),
     [
-        ("cpu", False, "auto", False), ("cpu", True, "auto", True), ("cpu", True, "fp32", False), ("cpu", False, "bf16", True),
+        ("cpu", False, "auto", False),
+        ("cpu", True, "auto", True),
+        ("cpu", True, "fp32", False),
+        ("cpu", False, "bf16", True),
         ("mps", True, "auto", False),
     ],
 )
@@ -347,7 +379,9 @@ def tf32_restored() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("capability", "bf16"), [(7, False), (8, True), (9, True)])
-def test_bf16_on_cuda_from_ampere_on(capability: int, bf16: bool, tf32_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_on_cuda_from_ampere_on(
+    capability: int, bf16: bool, tf32_restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compute capability 7 (V100, T4) has no bf16 units."""
     pretend(monkeypatch, cuda=1, capability=capability)
     assert mad.choose_arithmetic(torch.device("cuda:0"), "auto").bf16 is bf16
@@ -370,17 +404,25 @@ def test_tf32_needs_cuda(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("fpu sse2 avx512_bf16 avx512f", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2 avx512f avx512_vnni", False),
-     ("fpu xamx_bf16 avx512_bf16x", False), ("", False)],
+    [
+        ("fpu sse2 avx512_bf16 avx512f", True),
+        ("fpu amx_bf16 amx_tile", True),
+        ("fpu avx2 avx512f avx512_vnni", False),
+        ("fpu xamx_bf16 avx512_bf16x", False),
+        ("", False),
+    ],
 )
 def test_bf16_units_are_read_from_cpuinfo(flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = f"processor\t: 0\nmodel name\t: amx_bf16 in a name counts for nothing\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n"
+    text = (
+        f"processor\t: 0\nmodel name\t: amx_bf16 in a name counts for nothing\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n"
+    )
     monkeypatch.setattr(Path, "read_text", lambda path, **options: text)
     assert mad.cpu_has_bf16() is expected
 
 
 def test_no_cpuinfo_means_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows and macOS."""
+
     def missing(path: Path, **options: object) -> str:
         raise FileNotFoundError(path)
 
@@ -410,6 +452,8 @@ def test_to_unit_spans_zero_to_one() -> None:
 def test_hub_names_carry_the_hash_that_torch_checks() -> None:
     """The names that the tests above expect are torchvision's: the end of each is the start of the file's sha256."""
     for model, name in HUB_FILES.items():
-        weights = getattr(torchvision.models, f"{model.replace('densenet', 'DenseNet').replace('resnet', 'ResNet')}_Weights")
+        weights = getattr(
+            torchvision.models, f"{model.replace('densenet', 'DenseNet').replace('resnet', 'ResNet')}_Weights"
+        )
         assert weights.IMAGENET1K_V1.url.endswith("/" + name)
         assert len(name.rpartition("-")[2].removesuffix(".pth")) == 8 < len(hashlib.sha256().hexdigest())

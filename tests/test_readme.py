@@ -34,7 +34,9 @@ def test_the_lists_of_packages_are_the_same() -> None:
     assert isinstance(script, list)
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     from_pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
-    from_conda = [entry for entry in conda if isinstance(entry, str) and entry not in ("pip",) and not entry.startswith("python>")]
+    from_conda = [
+        entry for entry in conda if isinstance(entry, str) and entry not in ("pip",) and not entry.startswith("python>")
+    ]
     tests = [line.strip() for line in (ROOT / "tests/requirements.txt").read_text().splitlines() if line[:1] not in ("#", "")]
     assert set(script) == set(from_pip + from_conda)
     assert set(script) <= set(tests)
@@ -64,7 +66,9 @@ def test_commands_of_the_readme_are_taken(line: str) -> None:
 
 
 def test_examples_of_the_help_are_taken() -> None:
-    lines = [line.strip() for line in (mad.__doc__ or "").splitlines() if line.strip().startswith("mura_anomaly_detection.py --")]
+    lines = [
+        line.strip() for line in (mad.__doc__ or "").splitlines() if line.strip().startswith("mura_anomaly_detection.py --")
+    ]
     assert len(lines) >= 5
     for line in lines:
         mad.parse_options(shlex.split(line, comments=True)[1:])

@@ -509,10 +509,10 @@ def check_whole(place: Path, name: str) -> None:
 def test_killed_at_any_moment_nothing_is_lost(
     data: Path, trials: Trials, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL at 50 random moments (200 with --many), spread from the first decoded image to the report.
+    """SIGKILL at 50 random moments (200 with --many) between the first decoded image and the report.
 
-    Half of the trials begin afresh, the others go on from where the one before was killed. After each kill, all files are
-    whole; at the end --resume auto completes the run, bit for bit as if nothing had happened.
+    Half of the trials begin afresh, the others go on from where the one before was killed. After each kill, all files
+    are whole; at the end --resume auto completes the run, bit for bit as if nothing had happened.
     """
     random = np.random.default_rng(7)
     wanted, kills, delays = (200 if request.config.getoption("--many") else 50), 0, []
@@ -543,7 +543,7 @@ def test_killed_at_any_moment_nothing_is_lost(
 
 
 def test_killed_before_any_write_nothing_is_lost(data: Path, trials: Trials, tmp_path: Path) -> None:
-    """Before the first fsync or rename of a run, before the second of the next, and so on: when a file is half there."""
+    """Before the first fsync or rename of a run, before the second of the next, and so on: a file is half there."""
 
     def command(name: str) -> list[object]:
         files = ["--cache-dir", tmp_path / f"{name}-cache", "--checkpoint", tmp_path / name / "run.pth"]
@@ -567,10 +567,10 @@ def test_killed_before_any_write_nothing_is_lost(data: Path, trials: Trials, tmp
 
 def torchrun(program: Path, *arguments: object, options: tuple[str, ...] = (), **environment: str) -> str:
     """Run a program in two processes on this machine; returns stdout."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, str(program),
-         *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300, check=False)
+        [*launcher, str(program), *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
