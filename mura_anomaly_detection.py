@@ -149,7 +149,7 @@ class Config:
     batch_size: int = option("training", 16, "images per optimiser step, over all processes together (paper: 8)", type=COUNT,
                              metavar="N")
     accumulate: int = option("training", 1, "parts that a batch is computed in, to fit a small card", type=COUNT, metavar="N")
-    lr: float = option("training", 1e-4, "peak learning rate of Adam (paper: 0.0001)", type=number(float, 0, 10, open_low=True),
+    lr: float = option("training", 3e-4, "peak learning rate of Adam (paper: 0.0001)", type=number(float, 0, 10, open_low=True),
                        metavar="RATE")
     schedule: str = option(
         "training", "cosine", "learning rate: cosine (warm-up, then falling to 0) or plateau (paper: a tenth when the "
@@ -1248,6 +1248,9 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
 # ===== 6 model =======================================================================================================
 
 
+MAP_STRIDE = 32  # input pixels to a cell of the last feature maps, of either architecture
+
+
 class Network(nn.Module):
     """A torchvision classifier, cut where Grad-CAM needs it: features(x), then classify(features); no hooks.
 
@@ -2062,8 +2065,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                stale.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process may be faster
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    stale.unlink()
         with temporary.open("wb") as file:
             yield file
             file.flush()
@@ -2192,8 +2196,9 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
     if model and content.get("model") != model:
         raise UserError(f"{path}: is a {content.get('model')}, but --model says {model}; leave --model out")
     try:
-        network = Network(content["model"])
-        network.load_state_dict(content["state_dict"])
+        with torch.device("meta"):  # no time spent on random weights
+            network = Network(content["model"])
+        network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
         return Member(
@@ -3103,6 +3108,12 @@ class Result:
         return self.probability if self.label else 1 - self.probability
 
     @property
+    def verdict(self) -> str:
+        """Class and confidence in words; never "100.0%", which no probability below 1 means."""
+        shown = f"{self.confidence:.1%}" if self.confidence < 0.9995 else "above 99.9%"
+        return f"{CLASSES[self.label]}, confidence {shown}"
+
+    @property
     def error(self) -> str:
         """Why the case, or some of its views, failed."""
         failed = [finding for finding in self.findings if finding.error]
@@ -3232,8 +3243,7 @@ def print_result(result: Result) -> None:
     if math.isnan(result.probability):
         return
     views = f", {len(result.findings)} views" if len(result.findings) > 1 else ""
-    said = f"{CLASSES[result.label]}, confidence {result.confidence:.1%}"
-    say(f"{result.case.path}: {said} (probability of abnormal {result.probability:.4f}{views})")
+    say(f"{result.case.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
     for finding in result.findings if len(result.findings) > 1 else ():
         if not finding.error:
             say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
@@ -3242,11 +3252,10 @@ def print_result(result: Result) -> None:
 def explain_result(result: Result, file: Path, config: Config, *, show: bool, boxes: dict[str, Any] | None = None) -> None:
     """Save original | heatmap | overlay of a case, a row a view."""
     part = next((piece for piece in result.case.path.resolve().parts if piece.upper().startswith("XR_")), "")
-    said = CLASSES[result.label]
-    explained = said if config.cam_class == "predicted" else config.cam_class
+    explained = CLASSES[result.label] if config.cam_class == "predicted" else config.cam_class
     sign = 1 if explained == "abnormal" else -1
     name = "/".join(result.case.path.parts[-4:])
-    heading = f"{name}   {part}\n{said}, confidence {result.confidence:.1%} - {RESEARCH_ONLY}"
+    heading = f"{name}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
     panels = [
         Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}",
               (boxes or {}).get(seen.path.name))
@@ -3289,10 +3298,13 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     settings = {"data_dir": root, "checkpoint": (folder / "demo.pth",), **DEMO_SETTINGS, **asked, "demo": None}
     trained = Config(**{**settings, "data_dir": root})
     train_command(trained, stop)
-    path, box = demo_image(root)
-    result = next(Predictor(trained, stop).results([Case(path, (path,))], explain=True))
+    boxes = lesion_boxes(root)
+    results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
+    found = [result for result in results if result.label] or results
+    say(pointing_game(found, boxes, trained))
+    result, show = found[0], can_show(trained)
+    path, box = result.case.path, boxes[result.case.path]
     print_result(result)
-    show = can_show(trained)
     explain_result(result, trained.figure or folder / "demo_heatmap.png", trained, show=show, boxes={path.name: box})
     say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
     if show:
@@ -3300,12 +3312,34 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     return EXIT_DONE
 
 
-def demo_image(root: Path) -> tuple[Path, tuple[int, int, int, int]]:
-    """Choose the first abnormal image of valid/ that phantoms.csv lists, with the box of its lesion, pixels."""
+def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
+    """Read where the lesion of each abnormal phantom of valid/ lies: left, top, right, bottom, pixels."""
     with (root / "phantoms.csv").open(newline="") as file:
-        row = next(row for row in csv.DictReader(file) if "/valid/" in row["path"])
-    left, top, right, bottom = (int(row[name]) for name in ("left", "top", "right", "bottom"))
-    return root.parent / row["path"], (left, top, right, bottom)
+        rows = [row for row in csv.DictReader(file) if "/valid/" in row["path"]]
+    return {
+        root.parent / row["path"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"])) for row in rows
+    }
+
+
+def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]], config: Config) -> str:
+    """Say how often the evidence for abnormal peaks on the lesion (arXiv 1608.00507), and how often chance would.
+
+    A hit is a peak no farther from the box than half a cell of the network's map, which is as fine as a map can point;
+    chance is the share of the image that counts as a hit.
+    """
+    hits, chance = [], []
+    for result in results:
+        evidence = result.findings[0].evidence
+        if evidence is None:
+            continue
+        slack = max(evidence.shape) * MAP_STRIDE / (config.image_size or PAPER_SIZE) / 2
+        left, top, right, bottom = np.array(boxes[result.case.path]) + slack * np.array((-1, -1, 1, 1))
+        y, x = np.mgrid[: evidence.shape[0], : evidence.shape[1]]
+        inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+        hits.append(inside.ravel()[evidence.argmax()])
+        chance.append(inside.mean())
+    return (f"heat peaks on the lesion in {sum(hits)} of {len(hits)} abnormal images that were called so ({np.mean(hits):.0%}; "
+            f"chance {np.mean(chance):.0%})")
 
 
 class Deployed(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,12 @@ def run_command(*arguments: object, cwd: Path | None = None, **environment: str)
 
 def run_inside(*arguments: object) -> int:
     """Run a command within this process, which saves the seconds that importing torch takes; returns the exit code."""
-    return mad.main(mad.parse_options([str(argument) for argument in arguments]))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return mad.main(mad.parse_options([str(argument) for argument in arguments]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +63,12 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = tmp_path_factory.mktemp("trained") / "tiny.pth"
     assert run_inside("--data-dir", phantoms, "--checkpoint", checkpoint, *TINY) == 0
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo as the README has it, in an empty folder and with an empty HOME: its folder and what it printed."""
+    home = tmp_path_factory.mktemp("home")
+    done = run_command("--demo", cwd=home, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    return home / "mura_demo", done.stdout

@@ -31,15 +31,6 @@ def one_line(text: str) -> str:
     return line
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo as the README has it, in an empty folder and with an empty HOME: its folder and what it printed."""
-    home = tmp_path_factory.mktemp("home")
-    done = run_command("--demo", cwd=home, HOME=str(home))
-    assert done.returncode == 0, done.stderr
-    return home / "mura_demo", done.stdout
-
-
 def test_demo_learns_to_tell_patients_it_never_saw(demo: tuple[Path, str]) -> None:
     report = json.loads((demo[0] / "demo.report.json").read_text())
     assert report["levels"]["study"]["count"] >= 60

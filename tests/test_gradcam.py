@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import scale_cam_image
 from torch import Tensor
@@ -250,3 +253,67 @@ def test_extreme_shapes_are_finite(height: int, width: int, fit: str) -> None:
     heat = mad.heat_on_image(torch.ones(3, 3), 96, fit, height, width)
     assert heat.shape == (height, width)
     np.testing.assert_allclose(heat, 1, rtol=1e-6)
+
+
+# ---- faithful, not only pretty: what the demo's model, which was trained on phantoms, looks at ----------------------
+
+
+@pytest.fixture(scope="module")
+def found(demo: tuple[Path, str]) -> list[tuple[mad.Result, tuple[int, int, int, int]]]:
+    """Abnormal phantoms of unseen patients that the demo's model calls abnormal, with the box of the lesion."""
+    config = mad.parse_options(["--predict", str(demo[0]), "--checkpoint", str(demo[0] / "demo.pth"), "--device", "cpu"])
+    boxes = mad.lesion_boxes(demo[0] / "MURA-v1.1")
+    results = mad.Predictor(config, mad.StopSignals()).results([mad.Case(path, (path,)) for path in boxes], explain=True)
+    called = [(result, boxes[result.case.path]) for result in results if result.label]
+    assert len(called) >= 20
+    return called
+
+
+def test_heat_lies_on_the_lesion_far_more_often_than_by_chance(demo: tuple[Path, str]) -> None:
+    line = next(line for line in demo[1].splitlines() if line.startswith("heat peaks on the lesion"))
+    hit, chance = (int(text) / 100 for text in re.findall(r"(\d+)%", line))
+    assert hit > chance + 0.15
+
+
+def test_share_of_heat_in_the_lesion_box_exceeds_the_share_of_its_area(found: list[Any]) -> None:
+    gains = []
+    for result, (left, top, right, bottom) in found:
+        heat = np.maximum(result.findings[0].evidence, 0)
+        if heat.sum() > 0:
+            gains.append(heat[top:bottom, left:right].sum() / heat.sum() - (right - left) * (bottom - top) / heat.size)
+    assert np.mean(gains) > 3 * np.std(gains) / np.sqrt(len(gains)) > 0
+
+
+def test_deleting_the_hottest_pixels_costs_more_than_deleting_the_coldest(demo: tuple[Path, str], found: list[Any]) -> None:
+    """Deletion (arXiv 1806.07421): what the map calls evidence is what the network uses."""
+    member = mad.load_member(demo[0] / "demo.pth", mad.choose_arithmetic(torch.device("cpu"), "fp32"))
+
+    def logits(pixels: list[np.ndarray]) -> np.ndarray:
+        squares = torch.from_numpy(np.stack([mad.fit_square(image, member.image_size, member.fit) for image in pixels]))
+        with torch.inference_mode():
+            return np.asarray(member.network(member.normalization(mad.to_unit(squares[:, None]))))
+
+    def deleted(result: mad.Result, hottest: bool) -> np.ndarray:
+        finding = result.findings[0]
+        assert finding.evidence is not None
+        order = np.argsort(finding.evidence, axis=None)
+        chosen = order[-finding.pixels.size // 5 :] if hottest else order[: finding.pixels.size // 5]
+        blurred = np.asarray(Image.fromarray(finding.pixels).filter(ImageFilter.GaussianBlur(12)))
+        pixels = finding.pixels.copy()
+        pixels.flat[chosen] = blurred.flat[chosen]
+        return pixels
+
+    results = [result for result, _ in found]
+    hottest, coldest = (logits([deleted(result, which) for result in results]) for which in (True, False))
+    assert np.mean(hottest) < np.mean(coldest)
+    assert np.mean(hottest < coldest) > 0.6
+
+
+def test_random_weights_destroy_the_map(demo: tuple[Path, str], found: list[Any]) -> None:
+    """Sanity check (arXiv 1810.03292): a map that survives random weights would show the image, not the network."""
+    member = mad.load_member(demo[0] / "demo.pth", mad.choose_arithmetic(torch.device("cpu"), "fp32"))
+    random = mad.build_network("densenet169", "none", 1).eval()
+    squares = np.stack([mad.fit_square(result.findings[0].pixels, member.image_size, member.fit) for result, _ in found])
+    images = member.normalization(mad.to_unit(torch.from_numpy(squares)[:, None]))
+    own, other = (mad.grad_cam(network, images)[1].flatten(1).numpy() for network in (member.network, random))
+    assert abs(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(own, other, strict=True)])) < 0.4

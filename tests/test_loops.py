@@ -309,6 +309,18 @@ def test_an_epoch_sees_every_image_once(plain: PlainNetwork) -> None:
     assert progress.loss > 0
 
 
+def test_no_two_images_are_varied_alike(plain: PlainNetwork) -> None:
+    """Neither within a batch, nor from batch to batch, nor from epoch to epoch."""
+    trainer, drawn = make_trainer(plain, rotation=10.0), []
+    step = trainer.step
+    trainer.step = lambda *arguments: drawn.append(arguments[3]) or step(*arguments)
+    for trainer.progress.epoch in range(2):
+        trainer.progress.batch = 0
+        run_epoch(trainer, Album(8), 4)
+    angles = torch.cat(drawn)[:, 1]
+    assert len(angles) == len(angles.unique()) == 16
+
+
 def test_a_signal_stops_after_the_batch_in_hand(plain: PlainNetwork) -> None:
     album, trainer, stop = Album(12), make_trainer(plain), quiet()
     stop.check = lambda: (_ for _ in ()).throw(mad.Stopped(stop.signum)) if stop.signum else None
