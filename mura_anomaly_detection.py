@@ -1196,11 +1196,10 @@ def augment(images: Tensor, drawn: Tensor) -> Tensor:
         (B, 1, S, S) float, 0 to 1. Contrast is changed about each image's mean.
     """
     mirrored, angle, shift, factor = drawn.unbind(1)
-    if bool((mirrored < 0).any()) or bool(angle.any()):
-        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        matrix = torch.stack([torch.stack([mirrored * cos, -sin, zero], 1), torch.stack([mirrored * sin, cos, zero], 1)], 1)
-        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-        images = functional.grid_sample(images, grid, align_corners=False)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([torch.stack([mirrored * cos, -sin, zero], 1), torch.stack([mirrored * sin, cos, zero], 1)], 1)
+    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    images = functional.grid_sample(images, grid, align_corners=False)
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * factor.view(-1, 1, 1, 1) + mean + shift.view(-1, 1, 1, 1)).clamp(0, 1)
 
@@ -1416,6 +1415,7 @@ def choose_arithmetic(device: torch.device, precision: str) -> Arithmetic:
         raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto or fp32")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = True  # batches have two sizes at most
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
         fast = device.type == "cpu" and cpu_has_bf16()

@@ -15,6 +15,8 @@ import torch
 from conftest import TINY, run_command, run_inside
 from sklearn.metrics import roc_auc_score
 
+import mura_anomaly_detection as mad
+
 HISTORY = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,val_auroc,val_kappa,lr,images_per_second,seconds"
 FIGURES = ("auroc", "kappa", "accuracy", "sensitivity", "specificity", "brier", "ece")
 
@@ -44,6 +46,15 @@ def test_demo_saves_the_figure_of_an_abnormal_image(demo: tuple[Path, str]) -> N
     assert picture.shape[0] > 200 and picture.shape[1] > 600
     assert "study1_positive" in demo[1] or "study2_positive" in demo[1]
     assert any("abnormal, confidence" in line for line in demo[1].splitlines())
+
+
+def test_temperature_helps_on_patients_it_was_not_fitted_on_or_is_one(demo: tuple[Path, str]) -> None:
+    temperature = torch.load(demo[0] / "demo.pth", weights_only=True)["temperature"]
+    rows = rows_of(demo[0] / "demo.valid.csv")
+    label, calibrated = np.array([int(row["label"]) for row in rows]), np.array([float(row["probability"]) for row in rows])
+    logit = np.log(calibrated / (1 - calibrated)) * temperature
+    ece = {value: float(mad.score(label, mad.sigmoid(logit, value), 0.5)["ece"][0]) for value in (1.0, temperature)}
+    assert temperature == 1 or ece[temperature] < ece[1.0]
 
 
 def test_demo_prints_a_line_for_each_epoch(demo: tuple[Path, str]) -> None:
@@ -117,8 +128,6 @@ def test_ensemble_is_the_mean_of_its_members(trained: Path, phantoms: Path, tmp_
         if name == "b":
             content["state_dict"]["head.weight"] *= -1
         paths.append(tmp_path / f"{name}.pth")
-        import mura_anomaly_detection as mad
-
         mad.write_tensors(paths[-1], {key: value for key, value in content.items() if key not in ("format", "version")})
     scores = {}
     for which in (paths[:1], paths[1:], paths):

@@ -60,7 +60,7 @@ def test_what_macos_adds_to_an_archive_is_not_taken_for_the_data(tmp_path: Path)
 @pytest.mark.parametrize("inside", [[], ["images/image1.png"], ["a/b/c/train/x.png"], ["train"]])
 def test_a_folder_without_the_layout_is_refused_by_name(inside: list[str], tmp_path: Path):
     plant(tmp_path, inside)
-    with pytest.raises(mad.UserError, match=f"^{re.escape(str(tmp_path))}: holds neither train/ nor valid/") as error:
+    with pytest.raises(mad.UserError, match=f"^{re.escape(str(tmp_path))}: neither it nor a folder in it holds train/") as error:
         mad.find_data_root(tmp_path)
     assert error.value.exit_code == mad.EXIT_USAGE
 
@@ -295,8 +295,8 @@ def test_the_description_counts_images_studies_and_patients():
         view("XR_B", "p2", "study1_positive", 1),
     ]
     header, *rows = [line.split() for line in mad.describe("train", views).splitlines()]
-    assert header == ["train", "part", "images", "(abn.)", "studies", "(abn.)", "patients"]
-    assert [" ".join(row) for row in rows] == ["XR_A 4 2 3 1 2", "XR_B 1 1 1 1 1", "all 5 3 4 2 2"]
+    assert header == ["train", "part", "images", "(abn.)", "studies", "(abn.)", "patients", "(abn.)"]
+    assert [" ".join(row) for row in rows] == ["XR_A 4 2 3 1 2 1", "XR_B 1 1 1 1 1 1", "all 5 3 4 2 2 2"]
     assert [line.split()[0] for line in mad.describe("train", views[:4]).splitlines()[1:]] == ["XR_A"]
 
 
