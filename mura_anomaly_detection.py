@@ -42,6 +42,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # and 128 + n
 PROGRAM = "mura_anomaly_detection"
 CLASSES = ("normal", "abnormal")  # index = label
 FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
+HEATMAP_ENDING = "_heatmap.png"  # of the figure that --predict saves unasked
 
 
 class UserError(Exception):
@@ -108,6 +109,10 @@ def option(group: str, default: object, text: str, **argparse_arguments: object)
 
 
 COUNT, SHARE, PROBABILITY = number(int, 1), number(float, 0, 0.9, open_low=True), number(float, 0, 1)
+DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3 seeds did not learn
+    "weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3,
+    "rotation": 10.0,
+}
 LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
 
 
@@ -243,6 +248,9 @@ def parse_options(arguments: Sequence[str]) -> Config:
     """Turn command-line arguments into a Config; wrong use prints one line and exits with EXIT_USAGE."""
     parser = build_parser()
     values = vars(parser.parse_args(arguments))
+    if values["demo"]:
+        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(values["demo"] / "demo.pth",))
+        values = vars(parser.parse_args(arguments))
     chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config = Config(**chosen)
     problem = usage_problem(config)
@@ -261,6 +269,8 @@ def usage_problem(config: Config) -> str | None:
         ((not modes or modes == ["evaluate"]) and not config.data_dir, "--data-dir DIR is needed, or --predict, or --demo"),
         (training and len(config.checkpoint) > 1, "training writes one --checkpoint"),
         (training and config.checkpoint[0].suffix != ".pth", f"--checkpoint {config.checkpoint[0]}: the name must end in .pth"),
+        (training and config.checkpoint[0].name.endswith(".last.pth"),  # it would overwrite the state of another run
+         f"--checkpoint {config.checkpoint[0]}: is the name of a saved state; give the model's, STEM.pth, and --resume"),
         (not training and config.threshold == "auto", "--threshold auto is chosen on val while training"),
         (bool(config.export) and len(config.checkpoint) > 1, "--export takes one --checkpoint"),
         (config.export and config.export.suffix not in (".onnx", ".pt2"), f"--export {config.export}: use .onnx or .pt2"),
@@ -288,6 +298,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 import stat
 import struct
 import textwrap
@@ -321,11 +332,19 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def write_line(text: str, stream: Any) -> None:
+    """Write a line above any progress bar; where the reader has gone, as `| head` does, the run goes on unheard."""
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text: str) -> None:
     """Print a result on stdout, above any progress bar."""
     if is_first():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        write_line(text, sys.stdout)
 
 
 def note(text: str, *, failed: bool = False) -> None:
@@ -398,8 +417,12 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def image_names(folder: Path | str) -> list[str]:
-    """List the names in `folder` that look like images, in natural order; AppleDouble (._x) and other stray files left out."""
+    """List the names in `folder` that look like images, in natural order.
+
+    AppleDouble (._x) and other stray files are left out, and so is what --predict saved beside the images.
+    """
     names = [name for name in os.listdir(folder) if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
+    names = [name for name in names if not name.endswith(HEATMAP_ENDING)]
     return sorted(names, key=natural_key)
 
 
@@ -421,9 +444,9 @@ def read_list(path: Path, split: str) -> list[list[str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); restore it from the MURA archive or delete it") from error
     for count, row in enumerate(lines, 1):
-        pieces = row[0].replace("\\", "/").strip("/").split("/") if row else []
-        if not pieces:
+        if not any(cell.strip() for cell in row):
             continue
+        pieces = row[0].replace("\\", "/").strip("/ \t").split("/")
         if len(row) != width or split not in pieces[:-3] or (width == 2 and row[1].strip() not in ("0", "1")):
             raise UserError(f"{path}: line {count} is not like MURA's ({','.join(row)[:60]!r}); restore the file or delete it")
         rows.append(["/".join(pieces[len(pieces) - pieces[::-1].index(split) :]), *row[1:]])
@@ -494,7 +517,8 @@ def index_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Index:
         (len(absent), f"{len(absent)} images of {split}_image_paths.csv are missing, such as {(absent or [''])[0]}"),
     ]
     if not views:
-        raise UserError(f"{folder}: no images found; expected XR_*/patient*/study*_positive|negative/image*.png")
+        found = "; ".join(text for count, text in notes if count) or "expected XR_*/patient*/study*_*/image*.png"
+        raise UserError(f"{folder}: no images found; {found}")
     return Index(split, tuple(views), tuple(f"{folder}: {text}" for count, text in notes if count))
 
 
@@ -1063,6 +1087,12 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
         """Give the items of a whole batch; the DataLoader calls this."""
         return list(zip(self.batch(np.asarray(indices)), self.labels[indices].tolist(), strict=True))
 
+    def fingerprint(self) -> str:
+        """Tell this set from any other: a digest of names, labels and pixels."""
+        checksums = [self._shards[shard].checksums[row] for shard, row in self._rows]
+        lines = (f"{view.name},{view.label},{crc}\n" for view, crc in zip(self.views, checksums, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
@@ -1111,6 +1141,9 @@ def choose_image_size(views: Sequence[View], asked: int | None) -> int:
 PAPER_SIZE, PAPER_MODEL = 320, "densenet169"  # pixels, architecture: arXiv 1712.06957, section 3.1
 
 
+ORDER, VARIATION = 0, 1  # streams of random numbers
+
+
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Shuffle 0..count-1 for an epoch (numbered from 0) and cut it into batches whose sizes differ by one at most.
 
@@ -1119,7 +1152,7 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np
     >>> [len(batch) for batch in epoch_batches(10, 4, seed=0, epoch=0)]
     [4, 3, 3]
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.random.default_rng([ORDER, seed, epoch]).permutation(count)
     return np.array_split(order, -(-count // batch_size))
 
 
@@ -1140,8 +1173,9 @@ class Feed:
         if device.type == "cuda" and len(dataset):
             needed = len(dataset) * dataset.batch(np.array([0])).numel()
             if needed <= torch.cuda.mem_get_info(device)[0] // 2:
-                blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024))
-                self.resident = torch.cat([dataset.batch(block).to(device) for block in blocks])
+                self.resident = torch.empty(len(dataset), *dataset[0][0].shape, dtype=torch.uint8, device=device)
+                for block in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
+                    self.resident[block[0] : block[-1] + 1] = dataset.batch(block).to(device)
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, (B, 1, S, S) uint8, on the device."""
@@ -1176,7 +1210,7 @@ class Augmentation:
 
         `key` (seed, epoch, batch) decides the draw, so that a resumed run repeats it.
         """
-        uniform = np.random.default_rng(list(key)).random((count, 4))
+        uniform = np.random.default_rng([VARIATION, *key]).random((count, 4))
         drawn = np.empty((count, 4), dtype=np.float32)
         drawn[:, 0] = np.where(uniform[:, 0] < self.flip, -1, 1)
         drawn[:, 1] = np.deg2rad(self.rotation) * (2 * uniform[:, 1] - 1)
@@ -1450,7 +1484,6 @@ def to_unit(images: Tensor) -> Tensor:
 # ===== 7 metrics =====================================================================================================
 
 Floats = npt.NDArray[np.float64]
-CLASSES = ("normal", "abnormal")  # in head
 Drawn = dict[str, Floats]  # figure: its values in R resamples
 
 
@@ -1753,6 +1786,8 @@ class Processes:
     def start(self, device: torch.device) -> None:
         """Join the other processes: NCCL on CUDA, gloo elsewhere. The first may decode for hours while the others wait."""
         if self.world > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current device
             patience = timedelta(hours=12)
             store, rank, world = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, so that all count alike
@@ -1919,7 +1954,8 @@ class Trainer:
     def _accumulate(self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
         parts = min(self.accumulate, len(images))
         pieces = list(zip(*(values.tensor_split(parts) for values in (images, labels, weights, drawn)), strict=True))
-        loss_sum = correct = torch.zeros((), device=self.arithmetic.device, dtype=torch.float64)
+        precise = torch.float32 if self.arithmetic.device.type == "mps" else torch.float64  # MPS has no float64
+        loss_sum = correct = torch.zeros((), device=self.arithmetic.device, dtype=precise)
         for i, (pixels, truth, weight, variation) in enumerate(pieces):
             unsynced = self.processes.world > 1 and i < parts - 1
             with self.forward.no_sync() if unsynced else contextlib.nullcontext():  # type: ignore[operator]
@@ -2030,7 +2066,7 @@ def predict_logits(
             logits = network(images).float()
             if tta:
                 logits = (logits + network(images.flip(3)).float()) / 2
-        mine.append(logits.double().cpu().numpy())
+        mine.append(logits.cpu().double().numpy())
         tick(len(indices))
     return np.concatenate([np.zeros(0), *processes.gather(mine)])
 
@@ -2061,7 +2097,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: no space, no permission, not a folder; the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # pids repeat among containers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
@@ -2183,6 +2219,7 @@ class Member:
     temperature: float
     threshold: float
     threshold_source: str
+    bad_images: int  # of the training set, that could not be read
     patients: dict[str, list[str]]  # of train and val
 
 
@@ -2203,7 +2240,7 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
         return Member(
             path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in (
-                "image_size", "fit", "temperature", "threshold", "threshold_source", "patients"))
+                "image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients"))
         )
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         version = content.get("version")
@@ -2249,7 +2286,7 @@ def heat_on_image(evidence: Tensor, size: int, fit: str, height: int, width: int
 
 # ===== 11 figures ====================================================================================================
 
-FAINT = 4.0  # logits; weaker maps are shown on this scale: evidence that moves a probability from 0.5 to 0.98 is fully hot
+FAINT = 4.0  # logits: what would move 0.5 to 0.98 if the whole map were so; weaker maps are shown on this scale
 
 
 @dataclass(frozen=True)
@@ -2717,6 +2754,8 @@ class Run:
 def start_run(config: Config, stop: StopSignals) -> Run:
     """Find data and device, and join the other processes of a torchrun job."""
     processes = Processes.from_environment()
+    if processes.world > 1 and ":" in config.device:
+        raise UserError(f"--device {config.device}: several processes cannot share a card; use --device cuda")
     arithmetic = choose_arithmetic(choose_device(config.device, processes.local_rank), config.precision)
     root = find_data_root(config.data_dir or Path())
     processes.start(arithmetic.device)
@@ -2732,12 +2771,12 @@ def announce(index: Index) -> None:
 
 
 def decode_split(run: Run, views: Sequence[View], size: int, fit: str, split: str) -> Decoded:
-    """Open or build the cache of a split; under torchrun the first process builds and the others wait."""
-    config = replace(run.config, fit=fit)
-    if run.processes.rank > 0:
+    """Open or build the cache of a split; under torchrun the first process of each machine builds, the others wait."""
+    config, builds = replace(run.config, fit=fit), run.processes.local_rank == 0
+    if not builds:
         run.processes.wait()
-    decoded = open_cache(views, size, config, run.root, run.stop, build=run.processes.rank == 0)
-    if run.processes.rank == 0:
+    decoded = open_cache(views, size, config, run.root, run.stop, build=builds)
+    if builds:
         run.processes.wait()
     check_bad_images(decoded, run.root / split, config)
     return decoded
@@ -2750,7 +2789,8 @@ def train_command(config: Config, stop: StopSignals) -> int:
     announce(index)
     train_views, val_views = split_patients(index.views, config.val_split, config.seed)
     class_weights(train_views)  # both classes must be there: said before the long work
-    network = build_network(config.model or PAPER_MODEL, config.weights, config.seed)
+    resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
+    network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
     size = choose_image_size(index.views, config.image_size)
     decoded = decode_split(run, index.views, size, config.fit, "train")
     train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
@@ -2759,16 +2799,30 @@ def train_command(config: Config, stop: StopSignals) -> int:
             raise UserError(f"{run.root}: none of the images of {name} can be read", EXIT_FAILED)
     say(f"train: {len(train)} images of {len({v.patient for v in train.views})} patients; "
         f"val: {len(val)} images of {len({v.patient for v in val.views})} patients; {size} x {size} px")
-    session = Session(run, network, train, val, size)
+    session = Session(run, network, train, val, size, len(decoded.bad))
     if config.resume:
         session.resume()
+        session.stand_together()
+    elif session.files["state"].exists():
+        note(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
     if run.processes.rank == 0:
         session.write_split(train_views, val_views)
     session.train()
     if not (run.root / "valid").is_dir():
         note(f"{run.root}: has no valid/, so there is no held-out test to score")
         return EXIT_DONE
-    return score_command(run, [load_member(session.files["model"], run.arithmetic)], "valid", len(decoded.bad))
+    return score_command(run, [load_member(session.files["model"], run.arithmetic)], "valid")
+
+
+def path_of(config: Config, name: str) -> Path:
+    """Name a file of a training run: one of ENDINGS."""
+    return config.stem.with_name(config.stem.name + ENDINGS[name])
+
+
+def earlier_patients(weights: str) -> set[str]:
+    """List the patients that the model given as --weights was trained or validated on; none for any other source."""
+    content = {} if weights in ("imagenet", "none") else read_weights(Path(weights))
+    return set().union(*content["patients"].values()) if content.get("format") == PROGRAM else set()
 
 
 class Session:
@@ -2780,12 +2834,20 @@ class Session:
         train: training images.
         val: validation images.
         size: input side, pixels.
+        bad_images: how many images could not be read.
     """
 
-    def __init__(self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int) -> None:
+    def __init__(
+        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int = 0
+    ) -> None:
         self.run, self.config, self.size, self.train_set, self.val_set = run, run.config, size, train, val
-        stem = run.config.stem
-        self.files = {name: stem.with_name(stem.name + ending) for name, ending in ENDINGS.items()}
+        self.bad_images = bad_images
+        self.files = {name: path_of(run.config, name) for name in ENDINGS}
+        self.seen = earlier_patients(run.config.weights)
+        again = self.seen & {view.patient for view in val.views}
+        if again:
+            note(f"--weights {run.config.weights}: that model has seen {len(again)} patients of val; validation, temperature "
+                 "and the choice of the best epoch will be too hopeful")
         self.weights = class_weights(train.views)
         self.normalization = choose_normalization(run.config.normalization, train)
         steps = run.config.epochs * -(-len(train) // run.config.batch_size)
@@ -2797,8 +2859,7 @@ class Session:
     def settings(self) -> dict[str, Any]:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
         same = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
-        names = "\n".join(f"{view.name},{view.label}" for view in (*self.train_set.views, *self.val_set.views))
-        data = hashlib.sha256(names.encode()).hexdigest()[:16]
+        data = "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set))
         chosen = {"model": self.trainer.network.model, "image_size": self.size, "tasks": list(self.config.tasks)}
         return {**same, **chosen, "data": data}
 
@@ -2826,6 +2887,18 @@ class Session:
             raise UserError(f"--resume {file}: written by another version of this program ({version}); start afresh") from error
         progress = self.trainer.progress
         say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
+
+    def stand_together(self) -> None:
+        """Check that all processes begin at the same batch.
+
+        Raises:
+            UserError: they do not, for they do not see the same STEM.last.pth.
+        """
+        here = float(self.trainer.progress.epoch * 10**7 + self.trainer.progress.batch)
+        total = self.run.processes.total(torch.tensor([here], dtype=torch.float64, device=self.run.arithmetic.device))[0]
+        if abs(total - here * self.run.processes.world) > 0.5:
+            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
+                            "machines share", EXIT_FAILED)
 
     def save_state(self) -> None:
         """Write STEM.last.pth; the first process only."""
@@ -2899,6 +2972,9 @@ class Session:
     def history_row(self, logits: np.ndarray, seconds: float) -> dict[str, float | None]:
         """Summarise an epoch: loss and accuracy per image, AUROC and kappa per study, at threshold 0.5."""
         progress, labels = self.trainer.progress, self.val_set.labels
+        if not np.isfinite(logits).all():
+            raise UserError(f"the network's output is not finite after epoch {progress.epoch + 1}; nothing was saved of it. "
+                            "Try a lower --lr or --precision fp32", EXIT_FAILED)
         weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights)).double()
         loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights.float()).item() / len(labels)
         studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits)))
@@ -2925,8 +3001,9 @@ class Session:
             "normalization": asdict(self.normalization), "classes": list(CLASSES), "temperature": temperature,
             "threshold": float(threshold), "threshold_source": source, "epoch": progress.epoch, "history": progress.history,
             "parts": sorted({view.part for view in self.train_set.views}), "settings": self.settings(),
-            "patients": {name: sorted({view.patient for view in dataset.views}) for name, dataset in
-                         (("train", self.train_set), ("val", self.val_set))},
+            "patients": {"train": sorted(self.seen | {view.patient for view in self.train_set.views}),
+                         "val": sorted({view.patient for view in self.val_set.views})},
+            "bad_images": self.bad_images,
             "state_dict": self.trainer.network.state_dict(),
         })
 
@@ -2957,10 +3034,10 @@ def choose_threshold(config: Config, members: Sequence[Member]) -> tuple[float, 
 def evaluate_command(config: Config, stop: StopSignals) -> int:
     """Score saved models on a split."""
     run = start_run(config, stop)
-    return score_command(run, load_members(config, run.arithmetic), config.split, 0)
+    return score_command(run, load_members(config, run.arithmetic), config.split)
 
 
-def score_command(run: Run, members: Sequence[Member], split: str, bad_in_training: int) -> int:
+def score_command(run: Run, members: Sequence[Member], split: str) -> int:
     """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
     config = run.config
     index = index_split(run.root, split, config.tasks)
@@ -2980,7 +3057,7 @@ def score_command(run: Run, members: Sequence[Member], split: str, bad_in_traini
     views = [view for view in index.views if all(view.name in scores for scores in by_name)]
     if run.processes.rank == 0:
         alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
-        write_report(run, members, split, alone, {"evaluated": len(bad), "training": bad_in_training})
+        write_report(run, members, split, alone, bad)
     run.processes.wait()
     return EXIT_DONE
 
@@ -2996,7 +3073,7 @@ def seen_in_training(members: Sequence[Member], patients: set[str], split: str) 
     return lines
 
 
-def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, int]) -> None:
+def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
     """Evaluate members and ensemble; print the table and write STEM.valid.csv, STEM.report.json and STEM.report.png."""
     config, stem = run.config, run.config.stem
     threshold, source = choose_threshold(config, members)
@@ -3008,8 +3085,9 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
     judge = partial(evaluate, threshold=threshold, resamples=config.bootstrap, seed=config.seed)
     report: dict[str, Any] = {
         "split": split, "checkpoints": names, "threshold": threshold, "threshold_source": source,
-        "temperature": [member.temperature for member in members], "tta": config.tta, "bad_images": bad,
-        **judge(images), "notes": [*separation_notes(split), *warned],
+        "temperature": [member.temperature for member in members], "tta": config.tta,
+        "bad_images": {"training": [member.bad_images for member in members], split: bad},
+        **judge(images), "notes": [*report_notes(split, source), *warned],
     }
     if len(members) > 1:
         report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
@@ -3030,11 +3108,22 @@ def write_scored(path: Path, images: Scored, split: str) -> None:
     write_csv(path, (dict(zip(columns, row, strict=True)) for row in zip(places, *rest, strict=True)), columns)
 
 
-def separation_notes(split: str) -> list[str]:
-    """State, for the report, how the sets were separated and what they cannot be compared with."""
+THRESHOLD_NOTES = {"default": "the default", "given": "given by hand", "val": "the one of highest study kappa on val",
+                   "mixed": "the mean of the models' own"}
+
+
+def report_notes(split: str, source: str) -> list[str]:
+    """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
+    looked = {
+        "valid": "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so.",
+        "train": "These images were trained and selected on: the figures are too hopeful.",
+    }
     return [
-        "train and val are the patients of train/, divided by patient across body parts; model, temperature and threshold were "
-        "chosen on val; valid/ took no part in that and is scored once, at the end.",
+        "train and val are the patients of train/, divided by patient across body parts; the epoch of highest validation "
+        f"accuracy was kept, and its temperature fitted on val. {looked[split]}",
+        f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
+        "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
+        "majority there is no interval. That of ECE covers less with fewer than about 100 patients.",
         f"{split}/ is not the hidden test set of 207 studies on which MURA's paper reports AUROC 0.929: the figures are not "
         "comparable.",
     ]
@@ -3052,10 +3141,10 @@ class Case:
 def collect_cases(paths: Iterable[Path]) -> Iterator[Case]:
     """Expand files, folders and study folders, in the order given and natural order within folders.
 
-    A folder named study* is one study; any other is searched, and its images stand for themselves.
+    A folder named study1, study1_positive, ... is one study; any other is searched, and its images stand for themselves.
     """
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
             yield Case(path, (path,))
             continue
         empty = True
@@ -3064,7 +3153,7 @@ def collect_cases(paths: Iterable[Path]) -> Iterator[Case]:
             names[:] = sorted(inner, key=natural_key)
             images = tuple(Path(folder) / name for name in image_names(folder))
             empty = empty and not images
-            if images and Path(folder).resolve().name.lower().startswith("study"):
+            if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
                 yield Case(Path(folder), images)
             else:
                 yield from (Case(image, (image,)) for image in images)
@@ -3078,6 +3167,7 @@ class Finding:
 
     path: Path
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    squares: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # network inputs, by size and fit
     probability: float = math.nan
     evidence: np.ndarray | None = None
     error: str = ""
@@ -3111,7 +3201,7 @@ class Result:
     def verdict(self) -> str:
         """Class and confidence in words; never "100.0%", which no probability below 1 means."""
         shown = f"{self.confidence:.1%}" if self.confidence < 0.9995 else "above 99.9%"
-        return f"{CLASSES[self.label]}, confidence {shown}"
+        return f"{CLASSES[self.label]}, confidence {shown}" + f" at threshold {self.threshold:g}" * (self.threshold != 0.5)
 
     @property
     def error(self) -> str:
@@ -3140,9 +3230,10 @@ class Predictor:
     def results(self, cases: Sequence[Case], *, explain: bool) -> Iterator[Result]:
         """Yield a result for each case, in order; images are decoded in threads while others are classified."""
         blocks = list(blocks_of(cases, self.config.batch_size))
+        shapes = {(member.image_size, member.fit) for member in self.members}
         with ThreadPoolExecutor(self.config.workers or core_count()) as pool:
             def read(block: Sequence[Case]) -> list[Any]:
-                return [pool.submit(read_finding, path) for case in block for path in case.views]
+                return [pool.submit(read_finding, path, shapes) for case in block for path in case.views]
 
             ahead = read(blocks[0]) if blocks else []
             for i, block in enumerate(blocks):
@@ -3167,7 +3258,7 @@ class Predictor:
 
     def look(self, member: Member, batch: Sequence[Finding], explain: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Compute a member's calibrated probabilities (B,) and, if asked for, its evidence on the pixels of each original."""
-        squares = np.stack([fit_square(finding.pixels, member.image_size, member.fit) for finding in batch])
+        squares = np.stack([finding.squares[member.image_size, member.fit] for finding in batch])
         images = member.normalization(to_unit(torch.from_numpy(squares)[:, None].to(self.arithmetic.device)))
         with self.arithmetic.autocast():
             logits, evidence = grad_cam(member.network, images)
@@ -3175,8 +3266,9 @@ class Predictor:
                 mirrored, mirrored_evidence = grad_cam(member.network, images.flip(3))
                 logits, evidence = (logits + mirrored) / 2, (evidence + mirrored_evidence.flip(2)) / 2
         places = zip(evidence, batch, strict=True) if explain else ()
-        return sigmoid(logits.double().cpu().numpy(), member.temperature), [
-            heat_on_image(values, member.image_size, member.fit, *finding.pixels.shape) for values, finding in places
+        return sigmoid(logits.cpu().double().numpy(), member.temperature), [
+            heat_on_image(values / member.temperature, member.image_size, member.fit, *finding.pixels.shape)
+            for values, finding in places
         ]
 
 
@@ -3192,8 +3284,8 @@ def blocks_of(cases: Iterable[Case], batch_size: int) -> Iterator[list[Case]]:
         yield block
 
 
-def read_finding(path: Path) -> Finding:
-    """Decode an image for --predict; what cannot be read says why, what does not look like a radiograph is warned about."""
+def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
+    """Decode an image for --predict and scale it to each (size, fit); warn about what does not look like a radiograph."""
     try:
         pixels = read_radiograph(path)
     except BadImage as error:
@@ -3201,7 +3293,7 @@ def read_finding(path: Path) -> Finding:
     doubt = unlike_radiograph(path, pixels)
     if doubt:
         note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels)
+    return Finding(path, pixels, {(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
 
 
 def predict_command(config: Config, stop: StopSignals) -> int:
@@ -3273,19 +3365,18 @@ def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str
         write_csv(config.output, rows, RESULT_COLUMNS)
     if config.save_cam:
         with atomic_write(config.save_cam) as out:
-            np.savez_compressed(out, allow_pickle=False, **cams)
+            np.savez_compressed(out, **cams)
 
 
 def show_windows() -> None:
     """Open the figures that were kept, and wait until they are closed."""
     from matplotlib import pyplot
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the windows' loop would not notice the noted one
     pyplot.show()
 
 
 DEMO_STUDIES, DEMO_PARTS = (156, 36), ("XR_FOREARM", "XR_HUMERUS")  # of train and valid, of each part
-DEMO_SETTINGS = {"weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8,
-                 "lr": 1e-3, "epochs": 3, "rotation": 10.0}  # from random weights: on 3 seeds 2 epochs were not enough
 
 
 def demo_command(config: Config, stop: StopSignals) -> int:
@@ -3294,9 +3385,7 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     began = time.perf_counter()
     say(f"demo: drawing phantom radiographs in {folder}")
     root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
-    asked = {item.name: getattr(config, item.name) for item in fields(Config) if getattr(config, item.name) != item.default}
-    settings = {"data_dir": root, "checkpoint": (folder / "demo.pth",), **DEMO_SETTINGS, **asked, "demo": None}
-    trained = Config(**{**settings, "data_dir": root})
+    trained = replace(config, data_dir=root, demo=None)
     train_command(trained, stop)
     boxes = lesion_boxes(root)
     results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
@@ -3372,14 +3461,15 @@ def export_command(config: Config, stop: StopSignals) -> int:
     example = torch.rand(2, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write, run = (export_onnx, run_onnx) if target.suffix == ".onnx" else (export_pt2, run_pt2)
-    write(program, target, about)
+    draft = target.with_name(f".{target.stem}.draft{target.suffix}")
+    write(program, draft, about)
     probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        gap = float(np.abs(run(target, probe) - model(probe).numpy()).max())
+        gap = float(np.abs(run(draft, probe) - model(probe).numpy()).max())
     if not gap <= EXPORT_TOLERANCE:
-        target.unlink()
-        reason = f"the exported network differs by {gap:.2g} from torch's and was removed"
-        raise UserError(f"{target}: {reason}; try the other format", EXIT_FAILED)
+        draft.unlink()
+        raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's; try the other format", EXIT_FAILED)
+    draft.replace(target)
     say(f"written: {target}; largest difference from torch {gap:.1g}")
     return EXIT_DONE
 

@@ -31,7 +31,7 @@ def run_command(*arguments: object, cwd: Path | None = None, **environment: str)
     """Run the script as its user does, off a terminal; returns exit code, stdout and stderr."""
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, env={**os.environ, **environment},
-        capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=1200, check=False, stdin=subprocess.DEVNULL,
     )
 
 
