@@ -350,7 +350,7 @@ def say(text: str) -> None:
 def note(text: str, *, failed: bool = False) -> None:
     """Print one line on stderr, above any progress bar; why it `failed` is told by every process, with its number."""
     if is_first() or failed:
-        tqdm.write(f"{PROGRAM}{'' if is_first() else ' (process ' + os.environ['RANK'] + ')'}: {text}", file=sys.stderr)
+        write_line(f"{PROGRAM}{'' if is_first() else ' (process ' + os.environ['RANK'] + ')'}: {text}", sys.stderr)
 
 
 def progress_bar(**arguments: Any) -> Any:
@@ -612,6 +612,7 @@ MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B), 0 to 255: a small colour
 # Set once for the process: warnings.catch_warnings is not thread-safe, and images are decoded in threads.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom|pylibjpeg|openjpeg|libjpeg)\b")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", message=r"Glyph \d+")  # matplotlib draws a box for what its font lacks in a file's name
 
 
 class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised)
@@ -2238,6 +2239,11 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
+        known = content["model"] in ("densenet169", "resnet50") and content["fit"] in ("stretch", "letterbox")
+        sound = content["image_size"] > 0 < content["temperature"] and 0 <= content["threshold"] <= 1
+        sound = sound and set(content["patients"]) >= {"train", "val"} and len(given["mean"]) == len(given["std"]) == 3
+        if not (known and sound):
+            raise TypeError("holds what this version does not know")
         return Member(
             path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in (
                 "image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients"))
@@ -2344,6 +2350,19 @@ def draw_explanation(figure: Any, panels: Sequence[Panel], heading: str, heat_la
             for axes in (row[0], row[2]):
                 axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan", linewidth=1))
     figure.colorbar(shown, ax=grid[:, 1:].ravel().tolist(), label=heat_label, shrink=0.8)
+
+
+def require_matplotlib() -> None:
+    """Import matplotlib before the long work, not only when its figures are due.
+
+    Raises:
+        UserError: MPLBACKEND names what matplotlib does not know; it then refuses even to save a file.
+    """
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ValueError as error:
+        name = os.environ.get("MPLBACKEND")
+        raise UserError(f"MPLBACKEND={name}: matplotlib knows no such backend; unset it, or set it to Agg") from error
 
 
 def can_show(config: Config) -> bool:
@@ -2789,6 +2808,8 @@ def train_command(config: Config, stop: StopSignals) -> int:
     announce(index)
     train_views, val_views = split_patients(index.views, config.val_split, config.seed)
     class_weights(train_views)  # both classes must be there: said before the long work
+    if (run.root / "valid").is_dir():
+        index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
     resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
     network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
     size = choose_image_size(index.views, config.image_size)
@@ -2804,7 +2825,7 @@ def train_command(config: Config, stop: StopSignals) -> int:
         session.resume()
         session.stand_together()
     elif session.files["state"].exists():
-        note(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
+        say(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
     if run.processes.rank == 0:
         session.write_split(train_views, val_views)
     session.train()
@@ -2860,7 +2881,8 @@ class Session:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
         same = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
         data = "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set))
-        chosen = {"model": self.trainer.network.model, "image_size": self.size, "tasks": list(self.config.tasks)}
+        chosen = {"model": self.trainer.network.model, "image_size": self.size,
+                  "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks})}
         return {**same, **chosen, "data": data}
 
     def resume(self) -> None:
@@ -3302,7 +3324,7 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     predictor = Predictor(config, stop)
     single, figures = len(cases) == 1, config.figure
     if single and (figures is None or figures.is_dir()):
-        figures = (figures or Path()) / f"{cases[0].path.resolve().stem}_heatmap.png"
+        figures = (figures or Path()) / f"{figure_stem(cases[0].path)}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
     show = can_show(config)
@@ -3315,9 +3337,11 @@ def predict_command(config: Config, stop: StopSignals) -> int:
                 print_result(result)
                 rows.append(result.row())
                 if config.save_cam:
-                    cams.update({str(seen.path): seen.evidence for seen in result.findings if seen.evidence is not None})
+                    name = partial(str.encode, errors="backslashreplace")  # an archive's names are text, a file's any bytes
+                    cams.update({name(str(seen.path)).decode(): seen.evidence for seen in result.findings
+                                 if seen.evidence is not None})
                 if figures and not math.isnan(result.probability):
-                    file = figures if single else figures / f"{len(rows):04d}_{result.case.path.resolve().stem}.png"
+                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.case.path)}.png"
                     explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
                 bar.update()
     finally:  # what was predicted before a stop is kept
@@ -3326,6 +3350,12 @@ def predict_command(config: Config, stop: StopSignals) -> int:
         show_windows()
     failed = any(row["error"] for row in rows)
     return EXIT_DONE if not failed else EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
+
+
+def figure_stem(path: Path) -> str:
+    """Name a figure after its input; a name that has no room for an ending is cut."""
+    stem = path.resolve().stem
+    return stem if len(os.fsencode(stem)) <= 200 else shorten(stem, 50)  # bytes; file systems take 255
 
 
 def print_result(result: Result) -> None:
@@ -3523,6 +3553,7 @@ def main(config: Config) -> int:
     commands = {"demo": demo_command, "evaluate": evaluate_command, "predict": predict_command, "export": export_command}
     command = next((run for name, run in commands.items() if getattr(config, name)), train_command)
     try:
+        require_matplotlib()
         return command(config, stop)
     except Stopped as stopped:
         note(str(stopped))
@@ -3544,6 +3575,8 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    for closed in [name for name in ("stdout", "stderr") if getattr(sys, name) is None]:  # as by `>&-`: the run goes on unheard
+        setattr(sys, closed, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     sys.exit(main(OPTIONS))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_command, run_inside
+from conftest import SCRIPT, TINY, run_command, run_inside
 from sklearn.metrics import roc_auc_score
 
 import mura_anomaly_detection as mad
@@ -163,6 +166,36 @@ def test_predict_prints_class_and_confidence_and_saves_the_panels(trained: Path,
     assert any(word in done.stdout for word in ("normal, confidence", "abnormal, confidence"))
     assert matplotlib.image.imread(tmp_path / "image1_heatmap.png").ndim == 3
     assert "\r" not in done.stderr and "not for diagnosis" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize("redirection", ["| true", ">&-", "2>&-", "2>&1 | true"])
+def test_a_run_that_nobody_reads_goes_on_to_its_end(redirection: str, trained: Path, phantoms: Path, tmp_path: Path) -> None:
+    study = next((phantoms / "valid").glob("*/*/*/"))
+    asked = ["--predict", study, study, "--checkpoint", trained, "--output", "r.csv"]
+    command = shlex.join(map(str, [sys.executable, SCRIPT, *asked]))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command} {redirection}"], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    assert len(rows_of(tmp_path / "r.csv")) == 2
+
+
+def test_an_unknown_mplbackend_is_refused_before_the_work(trained: Path, phantoms: Path, tmp_path: Path) -> None:
+    done = run_command("--predict", phantoms, "--checkpoint", trained, cwd=tmp_path, MPLBACKEND="nonsense")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "MPLBACKEND=nonsense" in one_line(done.stderr)
+
+
+def test_a_valid_folder_that_cannot_be_scored_is_said_before_training(
+    phantom_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(phantom_copy / "valid")
+    (phantom_copy / "valid").mkdir()
+    assert run_inside("--data-dir", phantom_copy, "--checkpoint", tmp_path / "m.pth", *TINY) == 2
+    assert "valid" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "m.pth").exists()
 
 
 def test_training_needs_no_valid_folder(phantom_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

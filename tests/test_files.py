@@ -346,7 +346,9 @@ def test_a_state_is_not_a_model_and_a_model_is_no_state(tmp_path: Path, model: P
 @pytest.mark.parametrize("changes", [
     {"state_dict": {}}, {"state_dict": {1: 2}}, {"state_dict": None},
     {"state_dict": {"head.weight": torch.zeros(1, 7)}}, {"normalization": None}, {"normalization": {"kind": "given"}},
-    {"normalization": {"kind": "given", "mean": 3, "std": 1}},
+    {"normalization": {"kind": "given", "mean": 3, "std": 1}}, {"normalization": {"kind": "given", "mean": [0], "std": [1]}},
+    {"fit": "crop"}, {"image_size": 0}, {"image_size": "big"}, {"temperature": None}, {"threshold": math.nan},
+    {"patients": None},
 ])
 def test_a_model_of_another_version_is_refused(tmp_path: Path, tiny: None, changes: dict[str, Any]) -> None:
     mad.write_tensors(tmp_path / "f.pth", model_content(**changes, version="9.9"))

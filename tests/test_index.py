@@ -141,6 +141,18 @@ def test_a_set_without_images_is_refused_by_folder(folder: str, tmp_path: Path):
         mad.index_split(tmp_path, "train")
 
 
+def test_a_list_that_leaves_no_image_is_named(tmp_path: Path):
+    plant(tmp_path, [f"train/{STUDY}/image1.png"])
+    (tmp_path / "train_image_paths.csv").write_text(f"train/{STUDY}/view1.png\n")
+    with pytest.raises(mad.UserError, match=r"no images found; 1 images are not in train_image_paths\.csv"):
+        mad.index_split(tmp_path, "train")
+
+
+def test_a_heatmap_saved_beside_an_image_is_no_view(tmp_path: Path):
+    plant(tmp_path, [f"train/{STUDY}/image1.png", f"train/{STUDY}/image1_heatmap.png"])
+    assert names(mad.index_split(tmp_path, "train")) == [f"{STUDY}/image1.png"]
+
+
 def test_a_split_that_is_not_there_is_refused_by_name(tmp_path: Path):
     plant(tmp_path, [f"train/{STUDY}/image1.png"])
     with pytest.raises(mad.UserError, match=r"valid: no such folder; .* must hold valid/XR_"):
@@ -196,7 +208,7 @@ def test_lists_of_other_parts_and_splits_are_no_concern(tmp_path: Path):
 def test_lists_as_other_systems_write_them(tmp_path: Path):
     plant(tmp_path, [f"train/{STUDY}/image1.png"])
     path = STUDY.replace("/", "\\")
-    (tmp_path / "train_image_paths.csv").write_bytes(f"\ufefftrain\\{path}\\image1.png\r\n\r\n".encode())
+    (tmp_path / "train_image_paths.csv").write_bytes(f"\ufefftrain\\{path}\\image1.png \r\n \r\n".encode())
     (tmp_path / "train_labeled_studies.csv").write_bytes(f'"C:\\data\\MURA-v1.1\\train\\{path}\\", 0 \r\n'.encode())
     index = mad.index_split(tmp_path, "train")
     assert [(view.name, view.label) for view in index.views] == [(f"{STUDY}/image1.png", 0)]

@@ -274,6 +274,7 @@ def test_the_ends_of_each_range_are_taken(flag: str, values: list[str]):
     (["--demo", "--export", "f.onnx"], "--export and --demo exclude each other"),
     (["--data-dir", "d", "--checkpoint", "a.pth", "b.pth"], "training writes one --checkpoint"),
     (["--data-dir", "d", "--checkpoint", "model"], "--checkpoint model: the name must end in .pth"),
+    (["--data-dir", "d", "--checkpoint", "m.last.pth", "--resume"], "is the name of a saved state; give the model's, STEM.pth"),
     (["--data-dir", "d", "--evaluate", "--threshold", "auto"], "--threshold auto is chosen on val while training"),
     (["--export", "f.onnx", "--checkpoint", "a.pth", "b.pth"], "--export takes one --checkpoint"),
     (["--export", "f.tflite"], "--export f.tflite: use .onnx or .pt2"),

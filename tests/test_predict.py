@@ -521,8 +521,19 @@ def test_name_that_is_no_text_keeps_its_bytes(ask: Ask, image: Path) -> None:
     shutil.copy(image, name)
     assert ask(name, image, "--output", "r.csv", "--figure", "figures") == mad.EXIT_DONE
     assert b"\nR\xf6ntgen.png," in Path("r.csv").read_bytes()
-    assert ask(name, image, "--output", "r.json") == mad.EXIT_DONE
+    assert ask(name, image, "--output", "r.json", "--save-cam", "r.npz") == mad.EXIT_DONE
     assert json.loads(Path("r.json").read_text())[0]["path"] == name
+    assert r"R\udcf6ntgen.png" in np.load("r.npz")
+
+
+def test_name_without_room_for_an_ending_is_cut(ask: Ask, image: Path) -> None:
+    name = "x" * 250 + ".png"
+    shutil.copy(image, name)
+    assert ask(name, "--figure", "f.png", "--save-cam", "f.npz") == mad.EXIT_DONE
+    assert ask(name) == mad.EXIT_DONE
+    assert ask(name, image, "--figure", "figures") == mad.EXIT_DONE
+    assert len(list(Path().glob("x*~x*_heatmap.png"))) == 1
+    assert len(list(Path("figures").iterdir())) == 2
 
 
 def test_unwritable_output_is_one_line(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
