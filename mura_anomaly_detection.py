@@ -111,7 +111,6 @@ def option(group: str, default: object, text: str, **argparse_arguments: object)
 COUNT, SHARE, PROBABILITY = number(int, 1), number(float, 0, 0.9, open_low=True), number(float, 0, 1)
 DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3 seeds did not learn
     "weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3,
-    "rotation": 10.0,
 }
 LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
 
@@ -164,7 +163,7 @@ class Config:
     weight_decay: float = option("training", 0.01, "decoupled weight decay, per unit of learning rate (paper: 0)",
                                  type=number(float, 0, 10), metavar="RATE")
     flip: float = option("training", 0.5, "probability of a left-right flip", type=PROBABILITY, metavar="P")
-    rotation: float = option("training", 30.0, "largest random rotation to either side, degrees (paper: 30)",
+    rotation: float = option("training", 10.0, "largest random rotation to either side, degrees (paper: 30)",
                              type=number(float, 0, 180), metavar="DEG")
     brightness: float = option("training", 0.1, "largest random shift of brightness, share of full scale", type=PROBABILITY,
                                metavar="X")
@@ -1461,7 +1460,8 @@ def cpu_has_bf16() -> bool:
     """Tell whether the CPU multiplies bfloat16 in hardware (AMX or avx512_bf16); False where that cannot be told."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", text))
+        flags = re.search(r"^flags[ \t]*:(.*)$", text, re.MULTILINE)
+        return bool(flags and {"amx_bf16", "avx512_bf16"} & set(flags[1].split()))
     return False
 
 
@@ -3189,10 +3189,10 @@ class Finding:
 
     path: Path
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-    squares: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # network inputs, by size and fit
     probability: float = math.nan
     evidence: np.ndarray | None = None
     error: str = ""
+    squares: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # network inputs, by size and fit
 
 
 @dataclass(frozen=True)
@@ -3315,7 +3315,7 @@ def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
     doubt = unlike_radiograph(path, pixels)
     if doubt:
         note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels, {(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
+    return Finding(path, pixels, squares={(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
 
 
 def predict_command(config: Config, stop: StopSignals) -> int:

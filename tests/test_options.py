@@ -39,7 +39,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "epochs": (["7"], 7),
     "batch_size": (["8"], 8),
     "accumulate": (["2"], 2),
-    "lr": (["3e-4"], 3e-4),
+    "lr": (["2e-4"], 2e-4),
     "schedule": (["plateau"], "plateau"),
     "warmup": (["0"], 0.0),
     "weight_decay": (["0"], 0.0),
@@ -112,7 +112,16 @@ def test_every_flag_reaches_config(name: str):
     assert getattr(config, name) == expected != FIELDS[name].default
     assert type(getattr(config, name)) is type(expected)
     others = {other: getattr(config, other) for other in FIELDS if other not in (name, "data_dir")}
-    assert others == {other: FIELDS[other].default for other in others}
+    expected_others = {other: FIELDS[other].default for other in others}
+    if name == "demo":  # which brings defaults of its own
+        expected_others |= mad.DEMO_DEFAULTS | {"checkpoint": (expected / "demo.pth",)}
+    assert others == expected_others
+
+
+def test_flags_given_with_the_demo_count_even_if_they_equal_an_ordinary_default():
+    config = mad.parse_options(["--demo", "--epochs", str(FIELDS["epochs"].default), "--fit", "stretch"])
+    assert (config.epochs, config.fit) == (FIELDS["epochs"].default, "stretch")
+    assert mad.parse_options(["--demo"]).epochs == mad.DEMO_DEFAULTS["epochs"] != FIELDS["epochs"].default
 
 
 def test_no_flags_but_the_mode_gives_the_defaults_of_config():

@@ -481,15 +481,15 @@ def test_file_as_folder_of_figures_is_refused(ask: Ask, image: Path, capsys: pyt
 def test_very_many_views_are_not_all_drawn(
     ask: Ask, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder called study_all may hold hundreds of images: all count, a figure shows the first."""
+    """A folder called study1_all may hold hundreds of images: all count, a figure shows the first."""
     monkeypatch.setattr(mad, "FIGURE_ROWS", 2)
-    folder = tmp_path / "study_all"
+    folder = tmp_path / "study1_all"
     folder.mkdir()
     for i in range(1, 6):
         shutil.copy(image, folder / f"image{i}.png")
     assert ask(folder) == mad.EXIT_DONE
     assert "(the first 2 of 5 views)" in capsys.readouterr().out
-    assert Image.open("study_all_heatmap.png").height == pytest.approx(110 * (0.7 + 3.4 * 2), abs=2)
+    assert Image.open("study1_all_heatmap.png").height == pytest.approx(110 * (0.7 + 3.4 * 2), abs=2)
 
 
 def test_coloured_picture_is_predicted_and_warned_about(
