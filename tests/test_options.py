@@ -44,7 +44,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "warmup": (["0"], 0.0),
     "weight_decay": (["0"], 0.0),
     "flip": (["0"], 0.0),
-    "rotation": (["10"], 10.0),
+    "rotation": (["15"], 15.0),
     "brightness": (["0"], 0.0),
     "contrast": (["1"], 1.0),
     "patience": (["3"], 3),
