@@ -1118,7 +1118,11 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            self._maps[shard] = np.load(self._shards[shard].file, mmap_mode="r")
+            try:
+                self._maps[shard] = np.load(self._shards[shard].file, mmap_mode="r")
+            except OSError as error:
+                reason = "cannot be opened any more; run again, which decodes anew"
+                raise UserError(f"{self._shards[shard].file}: {reason}", EXIT_FAILED) from error
         return self._maps[shard]
 
 
