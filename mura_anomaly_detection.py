@@ -1491,8 +1491,6 @@ def to_unit(images: Tensor) -> Tensor:
 Floats = npt.NDArray[np.float64]
 Drawn = dict[str, Floats]  # figure: its values in R resamples
 
-
-
 FIGURES = ("auroc", "kappa", "accuracy", "sensitivity", "specificity", "brier", "ece")
 ECE_BINS = 15  # equal-width bins of the probability of abnormal (15 as in Guo et al. 2017, arXiv 1706.04599)
 TAIL = 0.025  # left out at each end of an interval: 95 %
@@ -2090,6 +2088,7 @@ def as_scored(views: Sequence[View], probability: np.ndarray) -> Scored:
 
 # ===== 9 files =======================================================================================================
 
+CHECKSUM_MARK = b"sha256:"  # before the hexadecimal digits at the end of a checkpoint
 STALE_SECONDS = 3600  # a temporary file this old was left by a process that was killed
 
 
@@ -2156,9 +2155,6 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as file:
         file.write(data)
         file.write(CHECKSUM_MARK + hashlib.sha256(data).hexdigest().encode())
-
-
-CHECKSUM_MARK = b"sha256:"
 
 
 def read_tensors(path: Path, kind: str) -> dict[str, Any]:
@@ -2754,6 +2750,7 @@ HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_acc
 ENDINGS = {"model": ".pth", "state": ".last.pth", "history": ".history.csv", "curves": ".history.png", "split": ".split.csv"}
 RESULT_COLUMNS = ("path", "prediction", "confidence", "probability", "error")  # of --output
 RESEARCH_ONLY = "for research and teaching, not for diagnosis"
+EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from torch
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
@@ -3506,9 +3503,6 @@ def export_command(config: Config, stop: StopSignals) -> int:
     draft.replace(target)
     say(f"written: {target}; largest difference from torch {gap:.1g}")
     return EXIT_DONE
-
-
-EXPORT_TOLERANCE = 1e-4  # probability
 
 
 def export_pt2(program: Any, target: Path, about: dict[str, str]) -> None:

@@ -246,7 +246,7 @@ def test_other_data_are_refused(data: Path, stopped: Path, tmp_path: Path, capsy
     listing.write_text("".join(f"{line}\n" for line in listing.read_text().splitlines() if not line.endswith(gone)))
     image.unlink()
     assert run_inside("--data-dir", copy, "--checkpoint", stopped, *OPTIONS, "--resume") == 2
-    assert re.search(r"run\.last\.pth: data was \w+, is \w+; give the same", capsys.readouterr().err)
+    assert re.search(r"run\.last\.pth: data was [\w/]+, is [\w/]+; give the same", capsys.readouterr().err)
 
 
 def test_resume_without_a_state(data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
