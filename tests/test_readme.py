@@ -75,7 +75,7 @@ def test_examples_of_the_help_are_taken() -> None:
 
 
 def test_flags_named_in_the_readme_exist() -> None:
-    known = set(mad.build_parser()._option_string_actions) | {"--nproc-per-node"}
+    known = set(mad.build_parser()._option_string_actions) | {"--nproc-per-node", "--quick", "--only"}  # of torchrun and the benchmark
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
