@@ -35,12 +35,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # and 128 + n when stopped by signal n
 PROGRAM = "mura_anomaly_detection"
 CLASSES = ("normal", "abnormal")  # index = label
+PAPER_MODEL, PAPER_SIZE = "densenet169", 320  # architecture and input side in pixels: arXiv 1712.06957, section 3.1
 FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
 HEATMAP_ENDING = "_heatmap.png"  # of the figure that --predict saves unasked
 
@@ -112,6 +113,10 @@ COUNT, SHARE, PROBABILITY = number(int, 1), number(float, 0, 0.9, open_low=True)
 DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3 seeds did not learn
     "weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3,
 }
+PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
+    "image_size": PAPER_SIZE, "fit": "stretch", "normalization": "imagenet", "batch_size": 8, "lr": 1e-4, "schedule": "plateau",
+    "weight_decay": 0.0, "flip": 0.5, "rotation": 30.0, "brightness": 0.0, "contrast": 0.0,
+}
 LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
 
 
@@ -146,6 +151,8 @@ class Config:
         "unreadable)", choices=("skip", "stop"))
     model: str | None = option("training", None, "architecture (default: densenet169; with a checkpoint, its own)",
                                choices=("densenet169", "resnet50"))
+    recipe: str = option("training", "default", "what the other options are if not given: the defaults shown here, or the MURA "
+                         "paper's", choices=("default", "paper"))
     weights: str = option(
         "training", "imagenet", "initial weights: imagenet (downloaded by torchvision), none (random), or a file (torchvision "
         "state_dict, or a checkpoint of this program)", metavar="SOURCE")
@@ -249,7 +256,9 @@ def parse_options(arguments: Sequence[str]) -> Config:
     values = vars(parser.parse_args(arguments))
     if values["demo"]:
         parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(values["demo"] / "demo.pth",))
-        values = vars(parser.parse_args(arguments))
+    if values["recipe"] == "paper":
+        parser.set_defaults(**PAPER_RECIPE)
+    values = vars(parser.parse_args(arguments))
     chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config = Config(**chosen)
     problem = usage_problem(config)
@@ -305,7 +314,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from statistics import NormalDist
@@ -319,6 +328,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -358,6 +368,8 @@ def progress_bar(**arguments: Any) -> Any:
 
 
 # ===== 2 index of the data set =======================================================================================
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")  # in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -599,7 +611,6 @@ def class_weights(views: Sequence[View]) -> dict[str, tuple[float, float]]:
 
 # ===== 4 decoding, cache, MuraDataset ================================================================================
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")  # in any case
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # Pillow tries no other: EPS would start Ghostscript
 MAX_PIXELS = 100_000_000  # a 43 x 43 cm detector at 100 um has 18 million; the header is judged before decoding
 MAX_BYTES = 1 << 30  # holds MAX_PIXELS of 16-bit RGBA
@@ -860,6 +871,8 @@ def _mean_chroma(path: Path) -> float:
     return float(np.mean(np.ptp([red, green, blue], axis=0) * alpha / 255))
 
 
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 PREPROCESSING_VERSION = 1  # raise it when decoding or resizing changes: caches made before are then not used
 BAD_SHARE = 0.01  # of all images: more unreadable ones than this stop a run, unless it was told to skip them
 
@@ -926,16 +939,17 @@ def decode_square(path: Path, size: int, fit: str) -> np.ndarray | str:
         return str(error)
 
 
-def decode_all(paths: Sequence[Path], size: int, fit: str, workers: int) -> Iterator[np.ndarray | str]:
-    """Decode images in threads, in order, holding no more than a few batches of them at a time."""
-    ahead = 8 * workers
+def map_ahead(function: Callable[[Item], Done], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Done]:
+    """Yield function(item) in order, computed in `workers` threads, at most `ahead` (1 or more) before they are wanted."""
+    waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(decode_square, path, size, fit) for path in paths[:ahead])
         try:
-            for path in itertools.chain(paths[ahead:], itertools.repeat(None, min(ahead, len(paths)))):
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-                if path is not None:
-                    waiting.append(pool.submit(decode_square, path, size, fit))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -949,9 +963,10 @@ def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers:
     names: list[str] = []
     checksums: list[int] = []
     bad: dict[str, str] = {}
+    squares = map_ahead(lambda view: decode_square(view.path, size, fit), views, workers, 8 * workers)
     with atomic_write(file) as out:
         out.write(array_header(0, size))  # reserves the space; the count is known at the end
-        for view, decoded in zip(views, decode_all([view.path for view in views], size, fit, workers), strict=True):
+        for view, decoded in zip(views, squares, strict=True):
             if isinstance(decoded, str):
                 bad[view.name] = decoded
             else:
@@ -1142,9 +1157,6 @@ def choose_image_size(views: Sequence[View], asked: int | None) -> int:
 
 # ===== 5 batches and augmentation ====================================================================================
 
-PAPER_SIZE, PAPER_MODEL = 320, "densenet169"  # pixels, architecture: arXiv 1712.06957, section 3.1
-
-
 ORDER, VARIATION = 0, 1  # streams of random numbers
 
 
@@ -1187,40 +1199,26 @@ class Feed:
             for indices in batches:
                 yield self.resident[torch.from_numpy(indices).to(self.device)]
             return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque(pool.submit(self._gather, indices) for indices in batches[:2])
-            for upcoming in itertools.chain(batches[2:], itertools.repeat(None, min(2, len(batches)))):
-                images = ahead.popleft().result().to(self.device, non_blocking=True)
-                if upcoming is not None:
-                    ahead.append(pool.submit(self._gather, upcoming))
-                yield images
+        for images in map_ahead(self._gather, batches, workers=1, ahead=2):
+            yield images.to(self.device, non_blocking=True)
 
     def _gather(self, indices: np.ndarray) -> Tensor:
         images = self.dataset.batch(indices)
         return images.pin_memory() if self.device.type == "cuda" else images
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How much training images are varied; units as in Config."""
+def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor:
+    """Draw how each image is varied, (count, 4): mirrored (-1 or 1), angle in radians, brightness shift, contrast factor.
 
-    flip: float
-    rotation: float
-    brightness: float
-    contrast: float
-
-    def draw(self, count: int, key: Sequence[int]) -> Tensor:
-        """Draw (count, 4): mirrored (-1 or 1), angle in radians, brightness shift, contrast factor.
-
-        `key` (seed, epoch, batch) decides the draw, so that a resumed run repeats it.
-        """
-        uniform = np.random.default_rng([VARIATION, *key]).random((count, 4))
-        drawn = np.empty((count, 4), dtype=np.float32)
-        drawn[:, 0] = np.where(uniform[:, 0] < self.flip, -1, 1)
-        drawn[:, 1] = np.deg2rad(self.rotation) * (2 * uniform[:, 1] - 1)
-        drawn[:, 2] = self.brightness * (2 * uniform[:, 2] - 1)
-        drawn[:, 3] = 1 + self.contrast * (2 * uniform[:, 3] - 1)
-        return torch.from_numpy(drawn)
+    The draw follows from seed, epoch and batch alone, so that a resumed run repeats it.
+    """
+    uniform = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4))
+    drawn = np.empty((count, 4), dtype=np.float32)
+    drawn[:, 0] = np.where(uniform[:, 0] < config.flip, -1, 1)
+    drawn[:, 1] = np.deg2rad(config.rotation) * (2 * uniform[:, 1] - 1)
+    drawn[:, 2] = config.brightness * (2 * uniform[:, 2] - 1)
+    drawn[:, 3] = 1 + config.contrast * (2 * uniform[:, 3] - 1)
+    return torch.from_numpy(drawn)
 
 
 def augment(images: Tensor, drawn: Tensor) -> Tensor:
@@ -1228,7 +1226,7 @@ def augment(images: Tensor, drawn: Tensor) -> Tensor:
 
     Args:
         images: (B, 1, S, S) float, 0 to 1.
-        drawn: (B, 4) from `Augmentation.draw`, on the same device.
+        drawn: (B, 4) from `draw_variation`, on the same device.
 
     Returns:
         (B, 1, S, S) float, 0 to 1. Contrast is changed about each image's mean.
@@ -1283,7 +1281,6 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
 
 
 # ===== 6 model =======================================================================================================
-
 
 MAP_STRIDE = 32  # input pixels to a cell of the last feature maps, of either architecture
 
@@ -1442,9 +1439,10 @@ class Arithmetic:
 
 
 def choose_arithmetic(device: torch.device, precision: str) -> Arithmetic:
-    """Choose what pays on a device: bf16 on CUDA from compute capability 8 on and on CPUs with bf16 units, NHWC but on MPS.
+    """Choose what pays on a device: bf16 on CUDA from compute capability 8 on and on CPUs with AMX, NHWC but on MPS.
 
-    On a CPU without such units bf16 was measured at a tenth of the speed of fp32, so `auto` never takes it there.
+    Only AMX counts: bf16 was measured at 0.7 times the speed of fp32 on an Intel CPU with avx512_bf16 alone (training and
+    scoring, both architectures), and at a tenth on one with neither, so `auto` never takes it there.
 
     Raises:
         UserError: tf32 asked for where there is no CUDA device.
@@ -1456,16 +1454,16 @@ def choose_arithmetic(device: torch.device, precision: str) -> Arithmetic:
         torch.backends.cudnn.benchmark = True  # batches have two sizes at most
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        fast = device.type == "cpu" and cpu_has_bf16()
+        fast = device.type == "cpu" and cpu_has_amx()
     return Arithmetic(device, precision == "bf16" or (precision == "auto" and fast), device.type != "mps")
 
 
-def cpu_has_bf16() -> bool:
-    """Tell whether the CPU multiplies bfloat16 in hardware (AMX or avx512_bf16); False where that cannot be told."""
+def cpu_has_amx() -> bool:
+    """Tell whether the CPU multiplies tiles of bfloat16 in hardware (AMX); False where that cannot be told."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
         flags = re.search(r"^flags[ \t]*:(.*)$", text, re.MULTILINE)
-        return bool(flags and {"amx_bf16", "avx512_bf16"} & set(flags[1].split()))
+        return bool(flags and "amx_bf16" in flags[1].split())
     return False
 
 
@@ -1491,7 +1489,7 @@ def to_unit(images: Tensor) -> Tensor:
 Floats = npt.NDArray[np.float64]
 Drawn = dict[str, Floats]  # figure: its values in R resamples
 
-FIGURES = ("auroc", "kappa", "accuracy", "sensitivity", "specificity", "brier", "ece")
+METRICS = ("auroc", "kappa", "accuracy", "sensitivity", "specificity", "brier", "ece")
 ECE_BINS = 15  # equal-width bins of the probability of abnormal (15 as in Guo et al. 2017, arXiv 1706.04599)
 TAIL = 0.025  # left out at each end of an interval: 95 %
 JACKKNIFE_GROUPS = 200  # groups of patients left out in turn; more would only sharpen a small correction
@@ -1602,7 +1600,7 @@ def score_resampled(rows: Scored, threshold: float, patient: npt.NDArray[Any], w
     """Return `score` for weights of patients (R, P), a chunk at a time; `patient` (N,) holds each row's index in P."""
     chunks = np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
     scores = [score(rows.label, rows.probability, threshold, chunk[:, patient].astype(float)) for chunk in chunks]
-    return {figure: np.concatenate([part[figure] for part in scores]) for figure in FIGURES}
+    return {figure: np.concatenate([part[figure] for part in scores]) for figure in METRICS}
 
 
 def bca_interval(value: float, drawn: Floats, left_out: Floats, patients: int) -> tuple[float, float]:
@@ -1636,7 +1634,7 @@ def ece_interval(value: float, drawn: Floats) -> tuple[float, float]:
     return max(0.0, float(low) - rise / (2**0.5 - 1)), float(high)
 
 
-def with_interval(figure: str, value: float, drawn: Floats, left_out: Floats, rows: Scored) -> dict[str, float | None]:
+def value_and_interval(figure: str, value: float, drawn: Floats, left_out: Floats, rows: Scored) -> dict[str, float | None]:
     """Return {"value", "low", "high"} of a figure, None where undefined.
 
     Undefined resamples (a class is absent, say) are dropped; there is no interval where they are the majority, or with
@@ -1666,7 +1664,7 @@ def bootstrap(rows: Scored, threshold: float, resamples: int, seed: int) -> dict
     names, patient = np.unique(rows.patient, return_inverse=True)
     n, random = len(names), np.random.default_rng(seed)
     value = score(rows.label, rows.probability, threshold)
-    drawn = left_out = {figure: np.empty(0) for figure in FIGURES}
+    drawn = left_out = {figure: np.empty(0) for figure in METRICS}
     if n > 1 and resamples > 0:
         counts = [np.bincount(random.integers(n, size=n), minlength=n).astype(np.int16) for _ in range(resamples)]
         drawn = score_resampled(rows, threshold, patient, np.array(counts))
@@ -1675,7 +1673,7 @@ def bootstrap(rows: Scored, threshold: float, resamples: int, seed: int) -> dict
     undefined = np.isnan(np.stack(list(drawn.values()))).any(axis=0).sum()
     sizes = {"count": len(patient), "positives": rows.label.sum(), "patients": n, "undefined": undefined}
     return {name: int(size) for name, size in sizes.items()} | {
-        name: with_interval(name, float(value[name][0]), drawn[name], left_out[name], rows) for name in FIGURES
+        name: value_and_interval(name, float(value[name][0]), drawn[name], left_out[name], rows) for name in METRICS
     }
 
 
@@ -1690,12 +1688,17 @@ def evaluate(images: Scored, threshold: float, resamples: int = 1000, seed: int 
     return {"levels": levels(images), "parts": parts}
 
 
+def sigmoid(logits: Floats, temperature: float = 1.0) -> Floats:
+    """Turn logits (N,) into probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
+    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # the same as 1 / (1 + exp(-x)), without overflow
+
+
 def likeliest_temperature(logit: Floats, label: npt.NDArray[Any]) -> float:
     """Return the T that minimises the log loss of logit / T, by bisection: the loss is convex in 1 / T."""
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     for _ in range(60):
         middle = (low + high) / 2
-        slope = np.mean(logit * (0.5 + 0.5 * np.tanh(middle * logit / 2) - label))
+        slope = np.mean(logit * (sigmoid(logit, 1 / middle) - label))
         low, high = (middle, high) if slope < 0 else (low, middle)
     return 2 / (low + high)
 
@@ -1894,18 +1897,14 @@ class Trainer:
         processes: Processes,
     ) -> None:
         self.network, self.arithmetic, self.normalization, self.processes = network, arithmetic, normalization, processes
-        self.accumulate = config.accumulate
-        self.augmentation = Augmentation(config.flip, config.rotation, config.brightness, config.contrast)
+        self.config, self.accumulate = config, config.accumulate
         self.progress = Progress()
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=arithmetic.device.type != "mps"
         )
-        self.cosine = self.plateau = None
+        self.schedule: LambdaLR | ReduceLROnPlateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=0)
         if config.schedule == "cosine":
-            factor = partial(cosine_factor, total=steps, warmup=config.warmup)
-            self.cosine = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        else:
-            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.1, patience=0)
+            self.schedule = LambdaLR(self.optimizer, partial(cosine_factor, total=steps, warmup=config.warmup))
         self.forward: nn.Module = network
         if arithmetic.device.type == "cpu":
             keep_freed_memory()
@@ -1920,7 +1919,7 @@ class Trainer:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def backward(self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Compute the gradient of this process's share of a batch; the step itself is `update`.
 
         When the card's memory is short, the share is computed in twice as many parts: the same batch, the same gradient but
@@ -1972,47 +1971,49 @@ class Trainer:
         return loss_sum, correct
 
     def update(self) -> None:
-        """Take the optimiser step."""
+        """Take the optimiser step, and the one of a schedule that goes by steps."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.cosine:
-            self.cosine.step()
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
+
+    def end_epoch(self, row: dict[str, float | None]) -> bool:
+        """Close the epoch with its row of the history, for a schedule that goes by it, too; tell whether it is the best."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(float(row["val_loss"] or 0))
+        return self.progress.end_epoch(row)
 
     def state_dict(self) -> dict[str, Any]:
         """Give all that a continued run needs."""
-        schedule = self.cosine or self.plateau
         return {
             "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "accumulate": self.accumulate,
-            "schedule": schedule.state_dict() if schedule else {}, "progress": asdict(self.progress),
+            "schedule": self.schedule.state_dict(), "progress": asdict(self.progress),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        schedule = self.cosine or self.plateau
-        if schedule:
-            schedule.load_state_dict(state["schedule"])
+        self.schedule.load_state_dict(state["schedule"])
         self.accumulate, self.progress = state["accumulate"], Progress(**state["progress"])
 
 
 def train_epoch(
-    trainer: Trainer, feed: Feed, weights: np.ndarray, config: Config, stop: StopSignals, after_batch: Callable[[bool], object]
+    trainer: Trainer, feed: Feed, weights: np.ndarray, stop: StopSignals, after_batch: Callable[[bool], object]
 ) -> None:
     """Train on what is left of the current epoch.
 
     Args:
-        trainer: its progress says where to begin, and is brought forward.
+        trainer: its progress says where to begin, and is brought forward; its options hold batch size and seed.
         feed: the training images.
         weights: (N,) of each image in the loss.
-        config: batch size and seed.
         stop: a signal to any process stops all of them after the same batch.
         after_batch: called when a batch is done, with whether to stop, on which all processes agree; may raise to do so.
 
     Raises:
         UserError: the loss is not finite; the weights are as they were before that batch.
     """
-    progress, processes, device = trainer.progress, trainer.processes, trainer.arithmetic.device
+    config, progress, processes, device = trainer.config, trainer.progress, trainer.processes, trainer.arithmetic.device
     trainer.network.train()
     batches = epoch_batches(len(feed.dataset), config.batch_size, config.seed, progress.epoch)
     if min(map(len, batches)) < processes.world:
@@ -2023,10 +2024,10 @@ def train_epoch(
     for number, pixels in zip(todo, images, strict=True):
         batch = batches[number]
         mine = batch[processes.rank :: processes.world]
-        drawn = trainer.augmentation.draw(len(batch), (config.seed, progress.epoch, number))[processes.rank :: processes.world]
+        drawn = draw_variation(config, len(batch), progress.epoch, number)[processes.rank :: processes.world]
         labels = torch.from_numpy(feed.dataset.labels[mine]).float().to(device)
         weight = torch.from_numpy(weights[mine]).to(device)
-        loss, correct = trainer.step(pixels, labels, weight, drawn.to(device), len(batch))
+        loss, correct = trainer.backward(pixels, labels, weight, drawn.to(device), len(batch))
         sums = processes.total(torch.stack([loss, correct, *loss.new_tensor([len(mine), stop.signum])]))
         if not math.isfinite(sums[0]):
             names = ", ".join(feed.dataset.views[i].name for i in batch)
@@ -2072,11 +2073,6 @@ def predict_logits(
         mine.append(logits.cpu().double().numpy())
         tick(len(indices))
     return np.concatenate([np.zeros(0), *processes.gather(mine)])
-
-
-def sigmoid(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Turn logits (N,) into probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
-    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # the same as 1 / (1 + exp(-x)), without overflow
 
 
 def as_scored(views: Sequence[View], probability: np.ndarray) -> Scored:
@@ -2396,8 +2392,8 @@ def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_lab
         figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=110)
 
 
-HEADINGS = dict(zip(FIGURES, ("AUROC", "kappa", "accuracy", "sensitivity", "specificity", "Brier", "ECE"), strict=True))
-DECISION, RANKING = FIGURES[1:5], ("auroc", "brier", "ece")  # figures that depend on the threshold, and that do not
+HEADINGS = dict(zip(METRICS, ("AUROC", "kappa", "accuracy", "sensitivity", "specificity", "Brier", "ECE"), strict=True))
+DECISION, RANKING = METRICS[1:5], ("auroc", "brier", "ece")  # figures that depend on the threshold, and that do not
 PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: distinct to the colour-blind
 STYLE: dict[Any, Any] = {
@@ -2413,10 +2409,10 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def with_interval_text(figure: dict[str, Any]) -> str:
+def format_figure(figure: dict[str, Any]) -> str:
     """Write a figure with its interval, or '-' where undefined.
 
-    >>> with_interval_text({"value": 0.92912, "low": 0.9014, "high": 0.95})
+    >>> format_figure({"value": 0.92912, "low": 0.9014, "high": 0.95})
     '0.929 [0.901,0.950]'
     """
     if figure["value"] is None:
@@ -2436,7 +2432,7 @@ def table_lines(report: dict[str, Any], level: str, figures: tuple[str, ...], si
     rows = [["", *(f"{size:>8}" for size in sizes.values()), *(HEADINGS[figure] for figure in figures)]]
     for name, levels in [("overall", report["levels"]), *members, *report["parts"].items()]:
         counts = [f"{levels[level][size]:>8}" for size in sizes]
-        rows.append([shorten(name, 13), *counts, *(with_interval_text(levels[level][figure]) for figure in figures)])
+        rows.append([shorten(name, 13), *counts, *(format_figure(levels[level][figure]) for figure in figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
@@ -2466,7 +2462,7 @@ def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
     if hits[-1] and alarms[-1]:
         x, y = 1 - found["specificity"]["value"], found["sensitivity"]["value"]
-        curve = f"this model: AUROC {with_interval_text(found['auroc'])}"
+        curve = f"this model: AUROC {format_figure(found['auroc'])}"
         axes.plot(alarms / alarms[-1], hits / hits[-1], color=BLUE, linewidth=1.2, label=curve)
         axes.plot(1 - np.array(span(found["specificity"])), [y, y], color=BLUE, linewidth=0.8)
         axes.plot([x, x], span(found["sensitivity"]), color=BLUE, linewidth=0.8)
@@ -2506,7 +2502,7 @@ def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: S
     mean, observed = (np.bincount(bins, x, ECE_BINS)[used] / counts[used] for x in (studies.probability, studies.label))
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
     axes.plot(mean, observed, "o-", color=BLUE, markersize=4, linewidth=1)
-    axes.text(0, 1, f"ECE {with_interval_text(report['levels']['study']['ece'])}", va="top", fontsize=7)
+    axes.text(0, 1, f"ECE {format_figure(report['levels']['study']['ece'])}", va="top", fontsize=7)
     axes.set(ylim=(-0.03, 1.03), ylabel="fraction abnormal", title="c  Reliability")
     axes.tick_params(labelbottom=False)
     bars = below.bar((np.arange(ECE_BINS) + 0.5) / ECE_BINS, counts, width=0.9 / ECE_BINS, color=BLUE)
@@ -2952,8 +2948,7 @@ class Session:
         while not self.finished():
             with progress_bar(total=-(-len(feed.dataset) // self.config.batch_size), initial=progress.batch,
                               desc=f"epoch {progress.epoch + 1}/{self.config.epochs}", unit="batch") as bar:
-                train_epoch(self.trainer, feed, weights, self.config, self.run.stop,
-                            partial(self.pause, bar))
+                train_epoch(self.trainer, feed, weights, self.run.stop, partial(self.pause, bar))
             self.end_epoch(*self.validate(val_feed))
         if self.run.processes.rank == 0 and progress.history:
             with atomic_write(self.files["curves"]) as file:
@@ -2982,9 +2977,7 @@ class Session:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
         trainer, progress = self.trainer, self.trainer.progress
         row = self.history_row(logits, seconds)
-        if trainer.plateau:
-            trainer.plateau.step(float(row["val_loss"] or 0))
-        best = progress.end_epoch(row)
+        best = trainer.end_epoch(row)
         say(epoch_line(row, self.config.epochs) + ("  best so far" if best else ""))
         if self.run.processes.rank == 0:
             if best:
@@ -3252,19 +3245,15 @@ class Predictor:
 
     def results(self, cases: Sequence[Case], *, explain: bool) -> Iterator[Result]:
         """Yield a result for each case, in order; images are decoded in threads while others are classified."""
-        blocks = list(blocks_of(cases, self.config.batch_size))
         shapes = {(member.image_size, member.fit) for member in self.members}
-        with ThreadPoolExecutor(self.config.workers or core_count()) as pool:
-            def read(block: Sequence[Case]) -> list[Any]:
-                return [pool.submit(read_finding, path, shapes) for case in block for path in case.views]
-
-            ahead = read(blocks[0]) if blocks else []
-            for i, block in enumerate(blocks):
-                waiting, ahead = ahead, read(blocks[i + 1]) if i + 1 < len(blocks) else []
-                found = iter(self.classify([item.result() for item in waiting], explain=explain))
-                self.stop.check()
-                for case in block:
-                    yield Result(case, tuple(itertools.islice(found, len(case.views))), self.threshold)
+        views = (path for case in cases for path in case.views)
+        workers, ahead = self.config.workers or core_count(), 2 * self.config.batch_size
+        read = map_ahead(partial(read_finding, shapes=shapes), views, workers, ahead)
+        for block in blocks_of(cases, self.config.batch_size):
+            found = iter(self.classify(list(itertools.islice(read, sum(len(case.views) for case in block))), explain=explain))
+            self.stop.check()
+            for case in block:
+                yield Result(case, tuple(itertools.islice(found, len(case.views))), self.threshold)
 
     def classify(self, findings: Sequence[Finding], *, explain: bool) -> list[Finding]:
         """Fill in probabilities, and maps, of the findings that could be read."""

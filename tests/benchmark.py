@@ -172,7 +172,7 @@ class Bench:
     def epoch(self) -> None:
         """Train an epoch as the program does."""
         weights, progress = np.full(len(self.feed.dataset), 0.5, np.float32), self.trainer.progress
-        mad.train_epoch(self.trainer, self.feed, weights, self.config, RUNNING, lambda *_: None)
+        mad.train_epoch(self.trainer, self.feed, weights, RUNNING, lambda *_: None)
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
     def synthetic_epoch(self) -> None:
@@ -180,9 +180,9 @@ class Bench:
         self.trainer.network.train()
         images = torch.randint(0, 256, (self.batch, 1, self.size, self.size), dtype=torch.uint8, device=self.device)
         labels, weights = (torch.full((self.batch,), value, device=self.device) for value in (1.0, 0.5))
-        drawn = self.trainer.augmentation.draw(self.batch, (0,)).to(self.device)
+        drawn = mad.draw_variation(self.config, self.batch, 0, 0).to(self.device)
         for _ in range(self.steps):
-            self.trainer.step(images, labels, weights, drawn, self.batch)
+            self.trainer.backward(images, labels, weights, drawn, self.batch)
             self.trainer.update()
 
     @cached_property

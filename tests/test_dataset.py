@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +141,20 @@ def test_the_batch_is_read_from_the_file_and_not_kept_in_memory(dataset: mad.Mur
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("count", [0, 1, 8, 60])
-def test_threads_keep_the_order(count: int, workers: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mad, "decode_square", lambda path, size, fit: np.full((1, 1), int(path.name), np.uint8))
-    paths = [Path(str(i)) for i in range(count)]
-    assert [int(array[0, 0]) for array in mad.decode_all(paths, 1, "stretch", workers)] == list(range(count))
+def test_threads_keep_the_order(count: int, workers: int):
+    def slow_at_first(number: int) -> int:
+        time.sleep(0.01 / (1 + number))
+        return number
+
+    assert list(mad.map_ahead(slow_at_first, range(count), workers, ahead=8)) == list(range(count))
 
 
-def test_decoding_runs_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch):
-    started: list[str] = []
-    monkeypatch.setattr(mad, "decode_square", lambda path, size, fit: started.append(path.name))
-    images = mad.decode_all([Path(str(i)) for i in range(1000)], 1, "stretch", 2)
+def test_threads_run_only_a_little_ahead():
+    started: list[int] = []
+    results = mad.map_ahead(started.append, range(1000), workers=2, ahead=16)
     for _ in range(3):
-        next(images)
-    images.close()  # as when the disk is full
+        next(results)
+    results.close()  # as when the disk is full
     assert len(started) <= 16 + 3
 
 

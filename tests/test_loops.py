@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ class Album:
     def whole(self, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All of it as one batch: images, labels, weights, and no augmentation."""
         weights = torch.from_numpy(np.random.default_rng(seed).uniform(0.2, 0.8, len(self))).float()
-        still = mad.Augmentation(**STILL).draw(len(self), (0, 0, 0))
+        still = mad.draw_variation(mad.Config(**STILL), len(self), 0, 0)
         return self.pixels, torch.from_numpy(self.labels).float(), weights, still
 
 
@@ -147,7 +148,7 @@ def test_plateau_divides_by_ten_when_the_loss_does_not_fall(plain: PlainNetwork)
     rates = []
     for loss in (0.6, 0.5, 0.55, 0.4):
         trainer.update()
-        trainer.plateau.step(loss)
+        trainer.end_epoch({"val_loss": loss, "val_accuracy": 0.5})
         rates.append(trainer.lr)
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
 
@@ -166,7 +167,7 @@ def test_steps_equal_those_of_a_plain_loop(network_class: type[mad.Network]) -> 
     trainer = make_trainer(network, steps=3, lr=0.01, weight_decay=0.1, warmup=0.3)
     optimizer = torch.optim.AdamW(twin.parameters(), weight_decay=0.1)
     for step in range(3):
-        loss_sum, correct = trainer.step(images, labels, weights, drawn, len(album))
+        loss_sum, correct = trainer.backward(images, labels, weights, drawn, len(album))
         trainer.update()
         logits = twin((images.expand(-1, 3, -1, -1) / 255 - 0.4) / 0.2)
         p = torch.sigmoid(logits)
@@ -186,7 +187,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(plain: PlainNetwork, par
     album = Album(count)
     whole = make_trainer(copy.deepcopy(plain), accumulate=1)
     pieces = make_trainer(plain, accumulate=parts)
-    expected, found = whole.step(*album.whole(), count), pieces.step(*album.whole(), count)
+    expected, found = whole.backward(*album.whole(), count), pieces.backward(*album.whole(), count)
     assert any(bool(g.abs().max() > 1e-4) for g in gradients(whole.network))
     assert same(gradients(pieces.network), gradients(whole.network))
     assert [value.item() for value in found] == pytest.approx([value.item() for value in expected], rel=1e-5)
@@ -196,12 +197,12 @@ def test_the_shares_of_two_processes_add_up_to_the_whole(plain: PlainNetwork) ->
     """DDP averages gradients: each share is scaled so that the mean is the gradient of the global batch."""
     album, world = Album(7), 2
     whole = make_trainer(copy.deepcopy(plain))
-    whole.step(*album.whole(), 7)
+    whole.backward(*album.whole(), 7)
     shares = []
     for rank in range(world):
         trainer = make_trainer(copy.deepcopy(plain))
         trainer.processes = mad.Processes(rank, world)
-        trainer.step(*(values[rank::world] for values in album.whole()), 7)
+        trainer.backward(*(values[rank::world] for values in album.whole()), 7)
         shares.append(gradients(trainer.network))
     assert same([torch.stack(pair).mean(0) for pair in zip(*shares, strict=True)], gradients(whole.network))
 
@@ -228,16 +229,16 @@ def test_short_memory_halves_the_parts_and_keeps_the_batch(
     """What a part before the failure has left in the gradients does not count twice."""
     album = Album(12)
     whole = make_trainer(copy.deepcopy(plain))
-    whole.step(*album.whole(), 12)
+    whole.backward(*album.whole(), 12)
     sizes = short_of_memory(monkeypatch, plain, 3, after)
     trainer = make_trainer(plain, accumulate=2)
-    trainer.step(*album.whole(), 12)
+    trainer.backward(*album.whole(), 12)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("computed in ")[2].partition(" (")[0] for line in lines] == ["4 parts of at most 3 images"]
     assert sizes[-4:] == [3, 3, 3, 3]
     assert trainer.accumulate == 4
     assert same(gradients(plain), gradients(whole.network))
-    trainer.step(*album.whole(), 12)
+    trainer.backward(*album.whole(), 12)
     assert capsys.readouterr().err == "", "the next batch is cut as the last one, without another word"
 
 
@@ -245,7 +246,7 @@ def test_the_parts_named_are_the_parts_computed(
     plain: PlainNetwork, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = short_of_memory(monkeypatch, plain, 1)
-    make_trainer(plain).step(*Album(5).whole(), 5)
+    make_trainer(plain).backward(*Album(5).whole(), 5)
     assert [line.partition("computed in ")[2].partition(" (")[0] for line in capsys.readouterr().err.splitlines()] == [
         "2 parts of at most 3 images", "4 parts of at most 2 images", "5 parts of at most 1 images"]
     assert sizes[-5:] == [1] * 5
@@ -254,7 +255,7 @@ def test_the_parts_named_are_the_parts_computed(
 def test_one_image_that_does_not_fit_is_one_line(plain: PlainNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     short_of_memory(monkeypatch, plain, 0)
     with pytest.raises(mad.UserError, match="out of memory on cpu: use a smaller --image-size") as caught:
-        make_trainer(plain).step(*Album(4).whole(), 4)
+        make_trainer(plain).backward(*Album(4).whole(), 4)
     assert caught.value.exit_code == mad.EXIT_FAILED
 
 
@@ -264,20 +265,20 @@ def test_among_processes_short_memory_is_an_advice(plain: PlainNetwork, monkeypa
     trainer = make_trainer(plain)
     trainer.processes = mad.Processes(0, 2)
     with pytest.raises(mad.UserError, match="use --accumulate 2"):
-        trainer.step(*Album(4).whole(), 8)
+        trainer.backward(*Album(4).whole(), 8)
 
 
 def test_a_trainer_continues_from_its_state(plain: PlainNetwork) -> None:
     album = Album(6)
     first = make_trainer(plain, lr=0.01)
     for _ in range(2):
-        first.step(*album.whole(), 6)
+        first.backward(*album.whole(), 6)
         first.update()
     torch.manual_seed(99)
     second = make_trainer(PlainNetwork("resnet50"), lr=0.01)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for trainer in (first, second):
-        trainer.step(*album.whole(), 6)
+        trainer.backward(*album.whole(), 6)
         trainer.update()
     assert first.lr == second.lr
     assert all(torch.equal(a, b) for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True))
@@ -289,16 +290,16 @@ def test_a_trainer_continues_from_its_state(plain: PlainNetwork) -> None:
 def run_epoch(
     trainer: mad.Trainer, album: Album, batch_size: int, stop: object = None, after: object = lambda stopping: None
 ) -> None:
-    config = mad.Config(batch_size=batch_size, seed=4)
+    trainer.config = replace(trainer.config, batch_size=batch_size, seed=4)
     feed = mad.Feed(album, CPU.device)
-    mad.train_epoch(trainer, feed, np.full(len(album), 0.5, np.float32), config, stop or quiet(), after)
+    mad.train_epoch(trainer, feed, np.full(len(album), 0.5, np.float32), stop or quiet(), after)
 
 
 def test_an_epoch_sees_every_image_once(plain: PlainNetwork) -> None:
     album, trainer = Album(11), make_trainer(plain)
     seen: list[Tensor] = []
-    step = trainer.step
-    trainer.step = lambda images, *rest: seen.append(images) or step(images, *rest)
+    backward = trainer.backward
+    trainer.backward = lambda images, *rest: seen.append(images) or backward(images, *rest)
     run_epoch(trainer, album, 4)
     assert [len(images) for images in seen] == [4, 4, 3]
     found = sorted(images.numpy().tobytes() for images in torch.cat(seen))
@@ -312,8 +313,8 @@ def test_an_epoch_sees_every_image_once(plain: PlainNetwork) -> None:
 def test_no_two_images_are_varied_alike(plain: PlainNetwork) -> None:
     """Neither within a batch, nor from batch to batch, nor from epoch to epoch."""
     trainer, drawn = make_trainer(plain, rotation=10.0), []
-    step = trainer.step
-    trainer.step = lambda *arguments: drawn.append(arguments[3]) or step(*arguments)
+    backward = trainer.backward
+    trainer.backward = lambda *arguments: drawn.append(arguments[3]) or backward(*arguments)
     for trainer.progress.epoch in range(2):
         trainer.progress.batch = 0
         run_epoch(trainer, Album(8), 4)
@@ -365,16 +366,16 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_names_the_files(
 ) -> None:
     album, trainer = Album(9), make_trainer(plain, lr=0.01)
     before: list[Tensor] = []
-    step = trainer.step
+    backward = trainer.backward
 
     def poisoned(*arguments: object) -> tuple[Tensor, Tensor]:
-        loss, correct = step(*arguments)
+        loss, correct = backward(*arguments)
         if trainer.progress.batch == 1:
             before.extend(p.detach().clone() for p in plain.parameters())
             loss = loss + bad
         return loss, correct
 
-    monkeypatch.setattr(trainer, "step", poisoned)
+    monkeypatch.setattr(trainer, "backward", poisoned)
     with pytest.raises(mad.UserError, match="the loss is not finite in epoch 1") as caught:
         run_epoch(trainer, album, 3)
     assert caught.value.exit_code == mad.EXIT_FAILED

@@ -262,9 +262,9 @@ def test_undefined_resamples_are_dropped_and_counted() -> None:
 def test_no_interval_where_most_resamples_are_undefined() -> None:
     drawn, left_out = np.array([np.nan, np.nan, np.nan, 0.5, 0.7]), np.array([0.5, 0.6, 0.7])
     rows = scored([0, 1, 1], [0.1, 0.2, 0.3])
-    assert mad.with_interval("auroc", 0.6, drawn, left_out, rows) == {"value": 0.6, **NO_INTERVAL}
-    assert mad.with_interval("auroc", 0.6, drawn[1:], left_out, rows)["low"] is not None
-    assert mad.with_interval("auroc", 0.6, np.empty(0), np.empty(0), rows) == {"value": 0.6, **NO_INTERVAL}
+    assert mad.value_and_interval("auroc", 0.6, drawn, left_out, rows) == {"value": 0.6, **NO_INTERVAL}
+    assert mad.value_and_interval("auroc", 0.6, drawn[1:], left_out, rows)["low"] is not None
+    assert mad.value_and_interval("auroc", 0.6, np.empty(0), np.empty(0), rows) == {"value": 0.6, **NO_INTERVAL}
 
 
 def test_a_faultless_result_still_has_room_for_error() -> None:
@@ -317,9 +317,9 @@ def test_the_interval_of_ece_by_hand() -> None:
 def test_an_interval_never_leaves_its_value_out() -> None:
     rows = scored([0, 1, 1], [0.1, 0.2, 0.9])
     for figure in ("auroc", "ece"):
-        found = mad.with_interval(figure, 0.2, np.linspace(0.7, 0.9, 50), np.array([0.1, 0.2, 0.3]), rows)
+        found = mad.value_and_interval(figure, 0.2, np.linspace(0.7, 0.9, 50), np.array([0.1, 0.2, 0.3]), rows)
         assert found["low"] <= 0.2 <= found["high"]
-        found = mad.with_interval(figure, 0.9, np.linspace(0.1, 0.2, 50), np.array([0.8, 0.9, 0.95]), rows)
+        found = mad.value_and_interval(figure, 0.9, np.linspace(0.1, 0.2, 50), np.array([0.8, 0.9, 0.95]), rows)
         assert found["low"] <= 0.9 <= found["high"]
 
 

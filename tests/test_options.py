@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "normalization": (["0.2,0.18"], "0.2,0.18"),
     "on_bad_image": (["stop"], "stop"),
     "model": (["resnet50"], "resnet50"),
+    "recipe": (["paper"], "paper"),
     "weights": (["weights.pth"], "weights.pth"),
     "epochs": (["7"], 7),
     "batch_size": (["8"], 8),
@@ -115,7 +116,19 @@ def test_every_flag_reaches_config(name: str):
     expected_others = {other: FIELDS[other].default for other in others}
     if name == "demo":  # which brings defaults of its own
         expected_others |= mad.DEMO_DEFAULTS | {"checkpoint": (expected / "demo.pth",)}
+    if name == "recipe":
+        expected_others |= mad.PAPER_RECIPE
     assert others == expected_others
+
+
+def test_the_recipe_of_the_paper():
+    """arXiv 1712.06957, section 3.1, by hand; what is given beside it counts."""
+    config = mad.parse_options(["--data-dir", "d", "--recipe", "paper"])
+    assert (config.image_size, config.batch_size, config.lr, config.schedule) == (320, 8, 1e-4, "plateau")
+    assert (config.flip, config.rotation, config.brightness, config.contrast, config.weight_decay) == (0.5, 30, 0, 0, 0)
+    assert (config.fit, config.normalization, config.tta) == ("stretch", "imagenet", False)
+    for order in (["--recipe", "paper", "--rotation", "10"], ["--rotation", "10", "--recipe", "paper"]):
+        assert mad.parse_options(["--data-dir", "d", *order]) == replace(config, rotation=10)
 
 
 def test_flags_given_with_the_demo_count_even_if_they_equal_an_ordinary_default():

@@ -89,7 +89,7 @@ def test_the_table_shows_each_figure_with_its_interval() -> None:
     table = mad.format_table(report)
     for levels in [report["levels"], *report["parts"].values()]:
         for level in ("study", "image"):
-            for figure in mad.FIGURES:
+            for figure in mad.METRICS:
                 value, low, high = (levels[level][figure][key] for key in ("value", "low", "high"))
                 assert f"{value:.3f} [{low:.3f},{high:.3f}]" in table
     head, overall = (line.split() for line in table.splitlines()[1:3])

@@ -1,0 +1,219 @@
+"""Compare training recipes on patients that they never saw; makes the table of the README's section "The recipe".
+
+    python tests/recipe.py --data-dir KNEE --out runs --model resnet50 --weights FILE --recipes default batch-16 paper
+
+Only train/ is used, so that valid/ stays unseen: it is cut by patient into folds, and in fold k every recipe trains a
+network with seed k on the other folds and scores the k-th. A recipe's AUROC and kappa (threshold 0.5) are the means over
+the folds; its difference from the first recipe is paired, with a 95 % interval from resampled patients. That interval
+holds the sampling of patients, not that of seeds: a difference near its edge is no difference. A name with a + is an
+ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image.
+
+Each run is kept in OUT, and what is there already is not run again. Not run by the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mura_anomaly_detection as mura
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags that differ from the defaults, and what the program has no flag for because it did not pay."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    head_lr: float = 1.0  # the head's learning rate, as a multiple of the backbone's
+    ema: float = 0.0  # decay of an exponential moving average of the weights, per step
+    smoothing: float = 0.0  # of labels
+    zoom: float = 0.0  # largest random change of scale, share
+    shift: float = 0.0  # largest random shift, share of the side
+    frozen: bool = False  # batch normalisation keeps its statistics
+
+
+RECIPES = {
+    "default": Recipe(),
+    "paper": Recipe({"lr": 1e-4, "batch_size": 8, "schedule": "plateau", "rotation": 30.0, "brightness": 0.0, "contrast": 0.0,
+                     "weight_decay": 0.0}),
+    "batch-16": Recipe({"batch_size": 16}),
+    "batch-8": Recipe({"batch_size": 8}),
+    "batch-8 lr-1e-4": Recipe({"batch_size": 8, "lr": 1e-4}),
+    "batch-8 lr-2e-4": Recipe({"batch_size": 8, "lr": 2e-4}),
+    "lr-1e-3": Recipe({"lr": 1e-3}),
+    "lr-1e-4": Recipe({"lr": 1e-4}),
+    "rotation-0": Recipe({"rotation": 0.0}),
+    "rotation-30": Recipe({"rotation": 30.0}),
+    "no-intensity": Recipe({"brightness": 0.0, "contrast": 0.0}),
+    "head-10": Recipe(head_lr=10),
+    "ema": Recipe(ema=0.98),
+    "smoothing": Recipe(smoothing=0.1),
+    "zoom": Recipe(zoom=0.15, shift=0.05),
+    "frozen": Recipe(frozen=True),
+    "decay-0.1": Recipe({"weight_decay": 0.1}),
+}
+
+
+class Candidate(mura.Trainer):
+    """The program's trainer, with what a recipe adds."""
+
+    def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
+        super().__init__(network, config, *rest)
+        self.recipe, self.averaged = recipe, None
+        if recipe.head_lr != 1:
+            groups = [{"params": network.backbone.parameters()},
+                      {"params": network.head.parameters(), "lr": config.lr * recipe.head_lr}]
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+            factor = partial(mura.cosine_factor, total=rest[2], warmup=config.warmup)
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        if recipe.ema:
+            self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+
+    def backward(self, images: torch.Tensor, labels: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.recipe.frozen:
+            for module in self.network.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+        return super().backward(images, labels + self.recipe.smoothing * (0.5 - labels), *rest)
+
+    def update(self) -> None:
+        super().update()
+        if self.averaged:
+            self.averaged.update_parameters(self.network)
+
+
+def zoomed(recipe: Recipe, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Change scale and place of each image, then augment as the program does."""
+    draw = 2 * torch.rand(3, len(images), 1) - 1
+    matrix = torch.cat([1 + recipe.zoom * draw[0], torch.zeros(len(images), 1), recipe.shift * draw[1],
+                        torch.zeros(len(images), 1), 1 + recipe.zoom * draw[0], recipe.shift * draw[2]], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    return AUGMENT(torch.nn.functional.grid_sample(images, grid, align_corners=False), drawn)
+
+
+AUGMENT = mura.augment
+
+
+def fold_of(patient: str, folds: int) -> int:
+    """Deal patients out to folds by their names alone."""
+    return int.from_bytes(hashlib.sha256(f"fold/{patient}".encode()).digest()[:4]) % folds
+
+
+def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size: int, fold: int, folds: int) -> dict[str, Any]:
+    """Train on the other folds and give labels, patients and logits, plain and mirrored, of this one."""
+    sides: dict[bool, list[mura.View]] = {True: [], False: []}
+    for view in decoded.views:
+        sides[fold_of(view.patient, folds) == fold].append(view)
+    train, held_out = (mura.MuraDataset(decoded, sides[side]) for side in (False, True))
+    arithmetic = mura.choose_arithmetic(mura.choose_device(config.device), config.precision)
+    network = arithmetic.prepare(mura.build_network(config.model or mura.PAPER_MODEL, config.weights, config.seed))
+    normalization = mura.choose_normalization(config.normalization, train)
+    steps = config.epochs * -(-len(train) // config.batch_size)
+    trainer = Candidate(recipe, network, config, arithmetic, normalization, steps, mura.Processes())
+    weights = mura.loss_weights(train.views, mura.class_weights(train.views))
+    mura.augment = partial(zoomed, recipe) if recipe.zoom or recipe.shift else AUGMENT
+    feed = mura.Feed(train, arithmetic.device)
+    for _ in range(config.epochs):
+        mura.train_epoch(trainer, feed, weights, mura.StopSignals(), lambda stopping: None)
+        trainer.end_epoch({"val_accuracy": None, "val_loss": trainer.progress.loss / trainer.progress.seen})
+    final = trainer.averaged.module if trainer.averaged else network
+    predict = partial(mura.predict_logits, final, mura.Feed(held_out, arithmetic.device), arithmetic, normalization,
+                      config.batch_size)
+    plain, both = predict(), predict(tta=True)
+    return {"label": held_out.labels, "patient": np.array([view.patient for view in held_out.views]),
+            "study": np.array([view.study for view in held_out.views]), "plain": plain, "flip": both}
+
+
+def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:
+    """Train what is not in OUT yet, fold by fold, so that a table can be printed early."""
+    root = mura.find_data_root(options.data_dir)
+    index = mura.index_split(root, "train")
+    names = sorted({name for blend in options.recipes for name in blend.partition("@")[0].split("+")}, key=list(RECIPES).index)
+    for fold in range(options.folds):
+        for name in names:
+            file = options.out / f"{name}.{fold}.npz"
+            if file.exists():
+                continue
+            config = replace(mura.Config(data_dir=root, seed=fold, **shared), **RECIPES[name].flags)
+            size = mura.choose_image_size(index.views, config.image_size)
+            decoded = mura.open_cache(index.views, size, config, root, mura.StopSignals())
+            began = time.perf_counter()
+            found = train_fold(RECIPES[name], config, decoded, size, fold, options.folds)
+            np.savez(file, **found)
+            area = float(mura.auroc(found["label"], found["plain"])[0])
+            print(f"{name}, fold {fold}: AUROC {area:.4f} per image, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def studies(options: argparse.Namespace, blend: str, fold: int) -> mura.Scored:
+    """Load the studies of a fold with the mean probability of the recipes of a blend."""
+    names, _, kind = blend.partition("@")
+    runs = [np.load(options.out / f"{name}.{fold}.npz") for name in names.split("+")]
+    probability = np.mean([mura.sigmoid(run[kind or "plain"]) for run in runs], axis=0)
+    run = runs[0]
+    part = np.full(len(run["label"]), "all")
+    return mura.pool_studies(mura.Scored(tuple(run["study"]), part, run["patient"], run["study"], run["label"], probability))
+
+
+def resampled(options: argparse.Namespace, blend: str, weights: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over folds of AUROC and kappa for each resample (R,); the first row is the sample itself."""
+    areas, kappas = [], []
+    for fold in range(options.folds):
+        rows = studies(options, blend, fold)
+        _, patient = np.unique(rows.patient, return_inverse=True)
+        found = mura.score(rows.label, rows.probability, 0.5, weights[fold][:, patient])
+        areas.append(found["auroc"])
+        kappas.append(found["kappa"])
+    return np.mean(areas, axis=0), np.mean(kappas, axis=0)
+
+
+def table(options: argparse.Namespace) -> str:
+    """Write a Markdown row for each recipe: AUROC, difference from the first, kappa, difference."""
+    random, weights = np.random.default_rng(0), []
+    for fold in range(options.folds):
+        count = len(np.unique(studies(options, options.recipes[0], fold).patient))
+        drawn = [np.bincount(random.integers(count, size=count), minlength=count) for _ in range(2000)]
+        weights.append(np.array([np.ones(count), *drawn], dtype=float))
+    base = resampled(options, options.recipes[0], weights)
+    lines = ["| recipe | AUROC | difference | kappa | difference |", "| --- | --- | --- | --- | --- |"]
+    for blend in options.recipes:
+        cells = []
+        for ours, theirs in zip(resampled(options, blend, weights), base, strict=True):
+            gap = ours - theirs
+            low, high = np.quantile(gap[1:], [0.025, 0.975])
+            cells += [f"{ours[0]:.3f}", "" if blend == options.recipes[0] else f"{gap[0]:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        lines.append(f"| {blend} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="only print the table of what was run")
+    for name, kind in (("model", str), ("weights", str), ("image-size", int), ("epochs", int), ("normalization", str),
+                       ("lr", float), ("batch-size", int)):
+        parser.add_argument(f"--{name}", type=kind, help="as the program's, for all recipes")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    given = ("model", "weights", "image_size", "epochs", "normalization", "lr", "batch_size")
+    shared = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    if not options.table:
+        run_all(options, {**shared, "cache_dir": options.out / "cache"})
+    print(table(options))
+
+
+if __name__ == "__main__":
+    main()
