@@ -21,7 +21,8 @@ sigmoid(logit / temperature) is its *probability* of being abnormal; a study's p
 For research and teaching, not for diagnosis.
 
 Sections: 1 options - 2 index - 3 split and class weights - 4 decoding, cache, MuraDataset - 5 batches and augmentation -
-6 model - 7 metrics - 8 train and predict loops - 9 files - 10 Grad-CAM - 11 figures - 12 phantoms - 13 commands.
+6 model - 7 metrics - 8 train and predict loops - 9 files - 10 Grad-CAM - 11 figures - 12 phantoms - 13 training runs -
+14 scoring - 15 prediction - 16 demo and export - 17 commands.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 __version__ = "1.0.0"
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # and 128 + n when stopped by signal n
 PROGRAM = "mura_anomaly_detection"
+RESEARCH_ONLY = "for research and teaching, not for diagnosis"
 CLASSES = ("normal", "abnormal")  # index = label
 PAPER_MODEL, PAPER_SIZE = "densenet169", 320  # architecture and input side in pixels: arXiv 1712.06957, section 3.1
 FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
@@ -2739,16 +2741,11 @@ def write_phantoms(
     return root
 
 
-# ===== 13 commands ===================================================================================================
+# ===== 13 training runs ==============================================================================================
 
 HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "val_kappa", "lr",
                    "images_per_second", "seconds")
 ENDINGS = {"model": ".pth", "state": ".last.pth", "history": ".history.csv", "curves": ".history.png", "split": ".split.csv"}
-RESULT_COLUMNS = ("path", "prediction", "confidence", "probability", "error")  # of --output
-RESEARCH_ONLY = "for research and teaching, not for diagnosis"
-EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from torch
-WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
-FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
 
 @dataclass(frozen=True)
@@ -2796,40 +2793,6 @@ def decode_split(run: Run, views: Sequence[View], size: int, fit: str, split: st
         run.processes.wait()
     check_bad_images(decoded, run.root / split, config)
     return decoded
-
-
-def train_command(config: Config, stop: StopSignals) -> int:
-    """Train, keep the best model by validation accuracy, then score valid/ once."""
-    run = start_run(config, stop)
-    index = index_split(run.root, "train", config.tasks)
-    announce(index)
-    train_views, val_views = split_patients(index.views, config.val_split, config.seed)
-    class_weights(train_views)  # both classes must be there: said before the long work
-    if (run.root / "valid").is_dir():
-        index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
-    resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
-    network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
-    size = choose_image_size(index.views, config.image_size)
-    decoded = decode_split(run, index.views, size, config.fit, "train")
-    train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
-    for name, dataset in (("train", train), ("val", val)):
-        if not len(dataset):
-            raise UserError(f"{run.root}: none of the images of {name} can be read", EXIT_FAILED)
-    say(f"train: {len(train)} images of {len({v.patient for v in train.views})} patients; "
-        f"val: {len(val)} images of {len({v.patient for v in val.views})} patients; {size} x {size} px")
-    session = Session(run, network, train, val, size, len(decoded.bad))
-    if config.resume:
-        session.resume()
-        session.stand_together()
-    elif session.files["state"].exists():
-        say(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
-    if run.processes.rank == 0:
-        session.write_split(train_views, val_views)
-    session.train()
-    if not (run.root / "valid").is_dir():
-        note(f"{run.root}: has no valid/, so there is no held-out test to score")
-        return EXIT_DONE
-    return score_command(run, [load_member(session.files["model"], run.arithmetic)], "valid")
 
 
 def path_of(config: Config, name: str) -> Path:
@@ -3034,6 +2997,12 @@ def epoch_line(row: dict[str, float | None], epochs: int) -> str:
     )
 
 
+# ===== 14 scoring ====================================================================================================
+
+THRESHOLD_NOTES = {"default": "the default", "given": "given by hand", "val": "the one of highest study kappa on val",
+                   "mixed": "the mean of the models' own"}
+
+
 def load_members(config: Config, arithmetic: Arithmetic) -> list[Member]:
     """Load the models of --checkpoint."""
     return [load_member(path, arithmetic, config.model) for path in config.checkpoint]
@@ -3047,37 +3016,6 @@ def choose_threshold(config: Config, members: Sequence[Member]) -> tuple[float, 
     return float(np.mean([member.threshold for member in members])), sources.pop() if len(sources) == 1 else "mixed"
 
 
-def evaluate_command(config: Config, stop: StopSignals) -> int:
-    """Score saved models on a split."""
-    run = start_run(config, stop)
-    return score_command(run, load_members(config, run.arithmetic), config.split)
-
-
-def score_command(run: Run, members: Sequence[Member], split: str) -> int:
-    """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
-    config = run.config
-    index = index_split(run.root, split, config.tasks)
-    announce(index)
-    by_name: list[dict[str, float]] = []
-    bad: dict[str, str] = {}
-    for member in members:
-        decoded = decode_split(run, index.views, member.image_size, member.fit, split)
-        bad |= decoded.bad
-        dataset = MuraDataset(decoded)
-        with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
-            logits = predict_logits(
-                member.network, Feed(dataset, run.arithmetic.device), run.arithmetic, member.normalization, config.batch_size,
-                tta=config.tta, processes=run.processes, tick=partial(run.tick, bar),
-            )
-        by_name.append(dict(zip((view.name for view in dataset.views), sigmoid(logits, member.temperature), strict=True)))
-    views = [view for view in index.views if all(view.name in scores for scores in by_name)]
-    if run.processes.rank == 0:
-        alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
-        write_report(run, members, split, alone, bad)
-    run.processes.wait()
-    return EXIT_DONE
-
-
 def seen_in_training(members: Sequence[Member], patients: set[str], split: str) -> list[str]:
     """Say, a line each, which models have seen these patients."""
     lines = []
@@ -3087,6 +3025,31 @@ def seen_in_training(members: Sequence[Member], patients: set[str], split: str) 
             lines.append(f"{member.path}: {train} of the {len(patients)} patients of {split} were trained on and {val} used "
                          "for validation; these figures are not those of unseen patients")
     return lines
+
+
+def report_notes(split: str, source: str) -> list[str]:
+    """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
+    looked = {
+        "valid": "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so.",
+        "train": "These images were trained and selected on: the figures are too hopeful.",
+    }
+    return [
+        "train and val are the patients of train/, divided by patient across body parts; the epoch of highest validation "
+        f"accuracy was kept, and its temperature fitted on val. {looked[split]}",
+        f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
+        "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
+        "majority there is no interval. That of ECE covers less with fewer than about 100 patients.",
+        f"{split}/ is not the hidden test set of 207 studies on which MURA's paper reports AUROC 0.929: the figures are not "
+        "comparable.",
+    ]
+
+
+def write_scored(path: Path, images: Scored, split: str) -> None:
+    """Write a row per image: path, part, patient, study, label, probability."""
+    columns = ("path", "part", "patient", "study", "label", "probability")
+    places = [f"{split}/{name}" for name in images.path]
+    rest = (getattr(images, name).tolist() for name in columns[1:])
+    write_csv(path, (dict(zip(columns, row, strict=True)) for row in zip(places, *rest, strict=True)), columns)
 
 
 def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
@@ -3116,33 +3079,36 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
     say(f"written: {table}, {written}, {written.with_suffix('.png')}")
 
 
-def write_scored(path: Path, images: Scored, split: str) -> None:
-    """Write a row per image: path, part, patient, study, label, probability."""
-    columns = ("path", "part", "patient", "study", "label", "probability")
-    places = [f"{split}/{name}" for name in images.path]
-    rest = (getattr(images, name).tolist() for name in columns[1:])
-    write_csv(path, (dict(zip(columns, row, strict=True)) for row in zip(places, *rest, strict=True)), columns)
+def score_split(run: Run, members: Sequence[Member], split: str) -> int:
+    """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
+    config = run.config
+    index = index_split(run.root, split, config.tasks)
+    announce(index)
+    by_name: list[dict[str, float]] = []
+    bad: dict[str, str] = {}
+    for member in members:
+        decoded = decode_split(run, index.views, member.image_size, member.fit, split)
+        bad |= decoded.bad
+        dataset = MuraDataset(decoded)
+        with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
+            logits = predict_logits(
+                member.network, Feed(dataset, run.arithmetic.device), run.arithmetic, member.normalization, config.batch_size,
+                tta=config.tta, processes=run.processes, tick=partial(run.tick, bar),
+            )
+        by_name.append(dict(zip((view.name for view in dataset.views), sigmoid(logits, member.temperature), strict=True)))
+    views = [view for view in index.views if all(view.name in scores for scores in by_name)]
+    if run.processes.rank == 0:
+        alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
+        write_report(run, members, split, alone, bad)
+    run.processes.wait()
+    return EXIT_DONE
 
 
-THRESHOLD_NOTES = {"default": "the default", "given": "given by hand", "val": "the one of highest study kappa on val",
-                   "mixed": "the mean of the models' own"}
+# ===== 15 prediction =================================================================================================
 
-
-def report_notes(split: str, source: str) -> list[str]:
-    """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
-    looked = {
-        "valid": "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so.",
-        "train": "These images were trained and selected on: the figures are too hopeful.",
-    }
-    return [
-        "train and val are the patients of train/, divided by patient across body parts; the epoch of highest validation "
-        f"accuracy was kept, and its temperature fitted on val. {looked[split]}",
-        f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
-        "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
-        "majority there is no interval. That of ECE covers less with fewer than about 100 patients.",
-        f"{split}/ is not the hidden test set of 207 studies on which MURA's paper reports AUROC 0.929: the figures are not "
-        "comparable.",
-    ]
+RESULT_COLUMNS = ("path", "prediction", "confidence", "probability", "error")  # of --output
+WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
+FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
 
 @dataclass(frozen=True)
@@ -3234,6 +3200,30 @@ class Result:
         return dict(zip(RESULT_COLUMNS, (str(self.case.path), *said, self.error or None), strict=True))
 
 
+def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
+    """Decode an image for --predict and scale it to each (size, fit); warn about what does not look like a radiograph."""
+    try:
+        pixels = read_radiograph(path)
+    except BadImage as error:
+        return Finding(path, error=str(error))
+    doubt = unlike_radiograph(path, pixels)
+    if doubt:
+        note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
+    return Finding(path, pixels, squares={(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
+
+
+def blocks_of(cases: Iterable[Case], batch_size: int) -> Iterator[list[Case]]:
+    """Group cases so that each group fills at least one batch."""
+    block: list[Case] = []
+    for case in cases:
+        block.append(case)
+        if sum(len(item.views) for item in block) >= batch_size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
 class Predictor:
     """Reads, classifies and explains images with the models of --checkpoint."""
 
@@ -3282,64 +3272,6 @@ class Predictor:
             heat_on_image(values / member.temperature, member.image_size, member.fit, *finding.pixels.shape)
             for values, finding in places
         ]
-
-
-def blocks_of(cases: Iterable[Case], batch_size: int) -> Iterator[list[Case]]:
-    """Group cases so that each group fills at least one batch."""
-    block: list[Case] = []
-    for case in cases:
-        block.append(case)
-        if sum(len(item.views) for item in block) >= batch_size:
-            yield block
-            block = []
-    if block:
-        yield block
-
-
-def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
-    """Decode an image for --predict and scale it to each (size, fit); warn about what does not look like a radiograph."""
-    try:
-        pixels = read_radiograph(path)
-    except BadImage as error:
-        return Finding(path, error=str(error))
-    doubt = unlike_radiograph(path, pixels)
-    if doubt:
-        note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels, squares={(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
-
-
-def predict_command(config: Config, stop: StopSignals) -> int:
-    """Classify and explain what --predict names."""
-    cases = list(collect_cases(config.predict))
-    predictor = Predictor(config, stop)
-    single, figures = len(cases) == 1, config.figure
-    if single and (figures is None or figures.is_dir()):
-        figures = (figures or Path()) / f"{figure_stem(cases[0].path)}{HEATMAP_ENDING}"
-    if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
-        raise UserError(f"--figure {figures}: is to be a folder for several inputs")
-    show = can_show(config)
-    note(RESEARCH_ONLY)
-    rows: list[dict[str, Any]] = []
-    cams: dict[str, Any] = {}
-    try:
-        with progress_bar(total=len(cases), desc="predict", unit="input") as bar:
-            for result in predictor.results(cases, explain=bool(figures or show or config.save_cam)):
-                print_result(result)
-                rows.append(result.row())
-                if config.save_cam:
-                    name = partial(str.encode, errors="backslashreplace")  # an archive's names are text, a file's any bytes
-                    cams.update({name(str(seen.path)).decode(): seen.evidence for seen in result.findings
-                                 if seen.evidence is not None})
-                if figures and not math.isnan(result.probability):
-                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.case.path)}.png"
-                    explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
-                bar.update()
-    finally:  # what was predicted before a stop is kept
-        write_results(config, rows, cams)
-    if show:
-        show_windows()
-    failed = any(row["error"] for row in rows)
-    return EXIT_DONE if not failed else EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
 
 
 def figure_stem(path: Path) -> str:
@@ -3396,29 +3328,10 @@ def show_windows() -> None:
     pyplot.show()
 
 
+# ===== 16 demo and export ============================================================================================
+
 DEMO_STUDIES, DEMO_PARTS = (156, 36), ("XR_FOREARM", "XR_HUMERUS")  # of train and valid, of each part
-
-
-def demo_command(config: Config, stop: StopSignals) -> int:
-    """Train, score and predict on generated phantoms; the figure of one abnormal image shows where its lesion is."""
-    folder = config.demo or Path()
-    began = time.perf_counter()
-    say(f"demo: drawing phantom radiographs in {folder}")
-    root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
-    trained = replace(config, data_dir=root, demo=None)
-    train_command(trained, stop)
-    boxes = lesion_boxes(root)
-    results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
-    found = [result for result in results if result.label] or results
-    say(pointing_game(found, boxes, trained))
-    result, show = found[0], can_show(trained)
-    path, box = result.case.path, boxes[result.case.path]
-    print_result(result)
-    explain_result(result, trained.figure or folder / "demo_heatmap.png", trained, show=show, boxes={path.name: box})
-    say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
-    if show:
-        show_windows()
-    return EXIT_DONE
+EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from torch
 
 
 def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
@@ -3463,37 +3376,6 @@ class Deployed(nn.Module):
         return torch.sigmoid(self.network(self.normalization(images)) / self.temperature)
 
 
-def export_command(config: Config, stop: StopSignals) -> int:
-    """Write the network of --checkpoint to ONNX or to torch's own .pt2, and compare the file's output with torch's.
-
-    Raises:
-        UserError: an optional package is missing, or the exported network differs by more than 1e-4.
-    """
-    target = config.export or Path()
-    member = load_member(config.checkpoint[0], Arithmetic(torch.device("cpu"), bf16=False, channels_last=False))
-    model = Deployed(member).eval().requires_grad_(False)
-    about = {
-        "input": f"grey, float32 (batch, 1, {member.image_size}, {member.image_size}), 0 black to 1 white, fit: {member.fit}",
-        "output": "probability of abnormal (batch,)", "normalization": f"inside the network: {member.normalization}",
-        "temperature": str(member.temperature), "threshold": str(member.threshold), "architecture": member.network.model,
-        "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
-    }
-    example = torch.rand(2, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(0))
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    write, run = (export_onnx, run_onnx) if target.suffix == ".onnx" else (export_pt2, run_pt2)
-    draft = target.with_name(f".{target.stem}.draft{target.suffix}")
-    write(program, draft, about)
-    probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        gap = float(np.abs(run(draft, probe) - model(probe).numpy()).max())
-    if not gap <= EXPORT_TOLERANCE:
-        draft.unlink()
-        raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's; try the other format", EXIT_FAILED)
-    draft.replace(target)
-    say(f"written: {target}; largest difference from torch {gap:.1g}")
-    return EXIT_DONE
-
-
 def export_pt2(program: Any, target: Path, about: dict[str, str]) -> None:
     """Write torch's own format; `about` becomes the extra file about.json."""
     with atomic_write(target) as file:
@@ -3532,6 +3414,136 @@ def run_onnx(target: Path, images: Tensor) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     output: np.ndarray = session.run(None, {"images": images.numpy()})[0]
     return output
+
+
+# ===== 17 commands ===================================================================================================
+
+
+def train_command(config: Config, stop: StopSignals) -> int:
+    """Train, keep the best model by validation accuracy, then score valid/ once."""
+    run = start_run(config, stop)
+    index = index_split(run.root, "train", config.tasks)
+    announce(index)
+    train_views, val_views = split_patients(index.views, config.val_split, config.seed)
+    class_weights(train_views)  # both classes must be there: said before the long work
+    if (run.root / "valid").is_dir():
+        index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
+    resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
+    network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
+    size = choose_image_size(index.views, config.image_size)
+    decoded = decode_split(run, index.views, size, config.fit, "train")
+    train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
+    for name, dataset in (("train", train), ("val", val)):
+        if not len(dataset):
+            raise UserError(f"{run.root}: none of the images of {name} can be read", EXIT_FAILED)
+    say(f"train: {len(train)} images of {len({v.patient for v in train.views})} patients; "
+        f"val: {len(val)} images of {len({v.patient for v in val.views})} patients; {size} x {size} px")
+    session = Session(run, network, train, val, size, len(decoded.bad))
+    if config.resume:
+        session.resume()
+        session.stand_together()
+    elif session.files["state"].exists():
+        say(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
+    if run.processes.rank == 0:
+        session.write_split(train_views, val_views)
+    session.train()
+    if not (run.root / "valid").is_dir():
+        note(f"{run.root}: has no valid/, so there is no held-out test to score")
+        return EXIT_DONE
+    return score_split(run, [load_member(session.files["model"], run.arithmetic)], "valid")
+
+
+def evaluate_command(config: Config, stop: StopSignals) -> int:
+    """Score saved models on a split."""
+    run = start_run(config, stop)
+    return score_split(run, load_members(config, run.arithmetic), config.split)
+
+
+def predict_command(config: Config, stop: StopSignals) -> int:
+    """Classify and explain what --predict names."""
+    cases = list(collect_cases(config.predict))
+    predictor = Predictor(config, stop)
+    single, figures = len(cases) == 1, config.figure
+    if single and (figures is None or figures.is_dir()):
+        figures = (figures or Path()) / f"{figure_stem(cases[0].path)}{HEATMAP_ENDING}"
+    if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
+        raise UserError(f"--figure {figures}: is to be a folder for several inputs")
+    show = can_show(config)
+    note(RESEARCH_ONLY)
+    rows: list[dict[str, Any]] = []
+    cams: dict[str, Any] = {}
+    try:
+        with progress_bar(total=len(cases), desc="predict", unit="input") as bar:
+            for result in predictor.results(cases, explain=bool(figures or show or config.save_cam)):
+                print_result(result)
+                rows.append(result.row())
+                if config.save_cam:
+                    name = partial(str.encode, errors="backslashreplace")  # an archive's names are text, a file's any bytes
+                    cams.update({name(str(seen.path)).decode(): seen.evidence for seen in result.findings
+                                 if seen.evidence is not None})
+                if figures and not math.isnan(result.probability):
+                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.case.path)}.png"
+                    explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
+                bar.update()
+    finally:  # what was predicted before a stop is kept
+        write_results(config, rows, cams)
+    if show:
+        show_windows()
+    failed = any(row["error"] for row in rows)
+    return EXIT_DONE if not failed else EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
+
+
+def demo_command(config: Config, stop: StopSignals) -> int:
+    """Train, score and predict on generated phantoms; the figure of one abnormal image shows where its lesion is."""
+    folder = config.demo or Path()
+    began = time.perf_counter()
+    say(f"demo: drawing phantom radiographs in {folder}")
+    root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
+    trained = replace(config, data_dir=root, demo=None)
+    train_command(trained, stop)
+    boxes = lesion_boxes(root)
+    results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
+    found = [result for result in results if result.label] or results
+    say(pointing_game(found, boxes, trained))
+    result, show = found[0], can_show(trained)
+    path, box = result.case.path, boxes[result.case.path]
+    print_result(result)
+    explain_result(result, trained.figure or folder / "demo_heatmap.png", trained, show=show, boxes={path.name: box})
+    say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
+    if show:
+        show_windows()
+    return EXIT_DONE
+
+
+def export_command(config: Config, stop: StopSignals) -> int:
+    """Write the network of --checkpoint to ONNX or to torch's own .pt2, and compare the file's output with torch's.
+
+    Raises:
+        UserError: an optional package is missing, or the exported network differs by more than 1e-4.
+    """
+    target = config.export or Path()
+    member = load_member(config.checkpoint[0], Arithmetic(torch.device("cpu"), bf16=False, channels_last=False))
+    model = Deployed(member).eval().requires_grad_(False)
+    about = {
+        "input": f"grey, float32 (batch, 1, {member.image_size}, {member.image_size}), 0 black to 1 white, fit: {member.fit}",
+        "output": "probability of abnormal (batch,)", "normalization": f"inside the network: {member.normalization}",
+        "temperature": str(member.temperature), "threshold": str(member.threshold), "architecture": member.network.model,
+        "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
+    }
+    example = torch.rand(2, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    write, run = (export_onnx, run_onnx) if target.suffix == ".onnx" else (export_pt2, run_pt2)
+    draft = target.with_name(f".{target.stem}.draft{target.suffix}")
+    write(program, draft, about)
+    probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        gap = float(np.abs(run(draft, probe) - model(probe).numpy()).max())
+    if not gap <= EXPORT_TOLERANCE:
+        draft.unlink()
+        raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's; try the other format", EXIT_FAILED)
+    draft.replace(target)
+    say(f"written: {target}; largest difference from torch {gap:.1g}")
+    return EXIT_DONE
 
 
 def main(config: Config) -> int:
