@@ -47,21 +47,21 @@ RECIPES = {
     "default": Recipe(),
     "paper": Recipe({"lr": 1e-4, "batch_size": 8, "schedule": "plateau", "rotation": 30.0, "brightness": 0.0, "contrast": 0.0,
                      "weight_decay": 0.0}),
-    "batch-16": Recipe({"batch_size": 16}),
-    "batch-8": Recipe({"batch_size": 8}),
-    "batch-8 lr-1e-4": Recipe({"batch_size": 8, "lr": 1e-4}),
-    "batch-8 lr-2e-4": Recipe({"batch_size": 8, "lr": 2e-4}),
-    "lr-1e-3": Recipe({"lr": 1e-3}),
-    "lr-1e-4": Recipe({"lr": 1e-4}),
-    "rotation-0": Recipe({"rotation": 0.0}),
-    "rotation-30": Recipe({"rotation": 30.0}),
-    "no-intensity": Recipe({"brightness": 0.0, "contrast": 0.0}),
-    "head-10": Recipe(head_lr=10),
-    "ema": Recipe(ema=0.98),
+    "batch 4": Recipe({"batch_size": 4}),
+    "batch 16": Recipe({"batch_size": 16}),
+    "lr 1e-4": Recipe({"lr": 1e-4}),
+    "lr 6e-4": Recipe({"lr": 6e-4}),
+    "lr 1e-3": Recipe({"lr": 1e-3}),
+    "batch 16 lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
+    "rotation 0": Recipe({"rotation": 0.0}),
+    "rotation 30": Recipe({"rotation": 30.0}),
+    "grey levels alone": Recipe({"brightness": 0.0, "contrast": 0.0}),
+    "head x10": Recipe(head_lr=10),
+    "average": Recipe(ema=0.98),
     "smoothing": Recipe(smoothing=0.1),
     "zoom": Recipe(zoom=0.15, shift=0.05),
     "frozen": Recipe(frozen=True),
-    "decay-0.1": Recipe({"weight_decay": 0.1}),
+    "decay 0.1": Recipe({"weight_decay": 0.1}),
 }
 
 
@@ -140,7 +140,7 @@ def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:
     root = mura.find_data_root(options.data_dir)
     index = mura.index_split(root, "train")
     names = sorted({name for blend in options.recipes for name in blend.partition("@")[0].split("+")}, key=list(RECIPES).index)
-    for fold in range(options.folds):
+    for fold in range(options.take or options.folds):
         for name in names:
             file = options.out / f"{name}.{fold}.npz"
             if file.exists():
@@ -168,7 +168,7 @@ def studies(options: argparse.Namespace, blend: str, fold: int) -> mura.Scored:
 def resampled(options: argparse.Namespace, blend: str, weights: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean over folds of AUROC and kappa for each resample (R,); the first row is the sample itself."""
     areas, kappas = [], []
-    for fold in range(options.folds):
+    for fold in range(options.take or options.folds):
         rows = studies(options, blend, fold)
         _, patient = np.unique(rows.patient, return_inverse=True)
         found = mura.score(rows.label, rows.probability, 0.5, weights[fold][:, patient])
@@ -180,7 +180,7 @@ def resampled(options: argparse.Namespace, blend: str, weights: list[np.ndarray]
 def table(options: argparse.Namespace) -> str:
     """Write a Markdown row for each recipe: AUROC, difference from the first, kappa, difference."""
     random, weights = np.random.default_rng(0), []
-    for fold in range(options.folds):
+    for fold in range(options.take or options.folds):
         count = len(np.unique(studies(options, options.recipes[0], fold).patient))
         drawn = [np.bincount(random.integers(count, size=count), minlength=count) for _ in range(2000)]
         weights.append(np.array([np.ones(count), *drawn], dtype=float))
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
     parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--take", type=int, help="only the first of the folds, for screening")
     parser.add_argument("--table", action="store_true", help="only print the table of what was run")
     for name, kind in (("model", str), ("weights", str), ("image-size", int), ("epochs", int), ("normalization", str),
                        ("lr", float), ("batch-size", int)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPT
+from conftest import SCRIPT, run_inside
+from tiny_run import TinyNetwork
 
 import mura_anomaly_detection as mad
 
@@ -54,15 +56,53 @@ def test_floor_of_torch_is_above_its_unsafe_loader() -> None:
 
 
 def commands() -> list[str]:
-    """Every command line in the README that calls the script."""
+    """The arguments of every command line in the README that calls the script."""
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) + re.findall(r"`([^`\n]+)`", README)
     lines = [line for block in blocks for line in block.splitlines() if "mura_anomaly_detection.py " in line]
-    return [line.rpartition("mura_anomaly_detection.py ")[2].replace(" ...", "") for line in lines]
+    return [line.rpartition("mura_anomaly_detection.py ")[2] for line in lines]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_of_the_readme_are_taken(line: str) -> None:
     mad.parse_options(shlex.split(line))
+
+
+@pytest.fixture
+def newcomer(phantom_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where a reader follows the README: MURA-v1.1 (phantoms, with an elbow), an image, a study, more images.
+
+    The network is a tiny one, which stands in for the ImageNet weights, too.
+    """
+    folder = phantom_copy.parent
+    for file in phantom_copy.glob("*.csv"):
+        file.unlink()
+    for split in ("train", "valid"):
+        (phantom_copy / split / "XR_HUMERUS").rename(phantom_copy / split / "XR_ELBOW")
+    study = next((phantom_copy / "valid").glob("XR_ELBOW/*/*_positive"))
+    shutil.copytree(study, folder / "study1_positive")
+    shutil.copytree(study, folder / "more_images")
+    shutil.copy(study / "image1.png", folder)
+    monkeypatch.setattr(mad, "Network", TinyNetwork)
+    monkeypatch.setattr(mad, "imagenet_state", lambda model: {})
+    monkeypatch.setattr(mad, "load_torchvision", lambda network, state, name: None)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_commands_of_the_readme_work_one_after_the_other(newcomer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The demo has tests of its own, with the real networks."""
+    for line in commands():
+        if "--demo" in line:
+            continue
+        if "densenet.pth" in line:  # of runs that the README leaves to its reader
+            shutil.copy("paper.pth", "densenet.pth")
+            shutil.copy("elbow.pth", "resnet.pth")
+        assert run_inside(*shlex.split(line)) == 0, f"{line}\n{capfd.readouterr().err}"
+    left = {path.name for path in newcomer.iterdir()}
+    endings = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".valid.csv", ".report.json", ".report.png")
+    assert left >= {"mura" + ending for ending in endings}
+    assert left >= {"image1_heatmap.png", "results.csv", "figures"}
+    assert all(f"`STEM{ending}`" in README or f"`{ending[-4:]}`" in README for ending in endings)
 
 
 def test_examples_of_the_help_are_taken() -> None:
