@@ -761,7 +761,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         import pydicom
         from pydicom.pixels.decoders.base import get_decoder
     except ImportError as error:
-        raise BadImage("DICOM needs the optional package pydicom: pip install pydicom") from error
+        raise BadImage("DICOM needs the optional package pydicom: pip install 'pydicom>=3'") from error
     if b"1.2.840.10008.1.2.1.99" in data[:1024]:  # would be unpacked whole, whatever its size
         raise BadImage("deflated DICOM is not supported: save it uncompressed")
     try:

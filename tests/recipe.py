@@ -45,8 +45,7 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(),
-    "paper": Recipe({"lr": 1e-4, "batch_size": 8, "schedule": "plateau", "rotation": 30.0, "brightness": 0.0, "contrast": 0.0,
-                     "weight_decay": 0.0}),
+    "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
     "batch 4": Recipe({"batch_size": 4}),
     "batch 16": Recipe({"batch_size": 16}),
     "lr 1e-4": Recipe({"lr": 1e-4}),

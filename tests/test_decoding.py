@@ -689,7 +689,7 @@ def test_dicom_without_the_optional_packages(tmp_path, monkeypatch):
         assert reason_of(tmp_path, packed, "a.dcm").endswith(f"pip install pylibjpeg {package}")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     text = reason_of(tmp_path, data, "a.dcm")
-    assert text == "DICOM needs the optional package pydicom: pip install pydicom"
+    assert text == "DICOM needs the optional package pydicom: pip install 'pydicom>=3'"
 
 
 def renamed(data: bytes, syntax: str) -> bytes:

@@ -67,6 +67,12 @@ def test_the_split_does_not_depend_on_the_order_of_the_files(
     assert patients(mad.split_patients(mixed, share, seed)[1]) == patients(val)
 
 
+@pytest.mark.parametrize(("count", "share", "expected"), [(10, 0.2, 2), (8, 0.2, 2), (7, 0.2, 1), (13, 0.2, 3), (9, 0.5, 4)])
+def test_the_share_of_each_kind_is_rounded_to_whole_patients(count: int, share: float, expected: int):
+    _, val = mad.split_patients(one_view_each(count, 2 * count), share, 0)
+    assert sum(row.label == 0 for row in val) == expected
+
+
 def test_another_seed_is_another_split():
     views = one_view_each(30, 30)
     drawn = {frozenset(patients(mad.split_patients(views, 0.2, seed)[1])) for seed in range(10)}
