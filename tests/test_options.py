@@ -38,7 +38,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "recipe": (["paper"], "paper"),
     "weights": (["weights.pth"], "weights.pth"),
     "epochs": (["7"], 7),
-    "batch_size": (["8"], 8),
+    "batch_size": (["4"], 4),
     "accumulate": (["2"], 2),
     "lr": (["2e-4"], 2e-4),
     "schedule": (["plateau"], "plateau"),
