@@ -1164,7 +1164,7 @@ def choose_image_size(views: Sequence[View], asked: int | None) -> int:
 
 # ===== 5 batches and augmentation ====================================================================================
 
-ORDER, VARIATION = 0, 1  # streams of random numbers
+ORDER, VARIATION, STATISTICS = 0, 1, 2  # streams of random numbers
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -2050,6 +2050,43 @@ def train_epoch(
         after_batch(stopping)
 
 
+STATISTICS_IMAGES = 512  # that settle batch normalisation: on real knees 128 did as well within 1.5 % of accuracy on val
+
+
+@torch.no_grad()
+def settle_statistics(
+    network: Network, feed: Feed, arithmetic: Arithmetic, normalization: Normalization, batch_size: int, seed: int,
+    tick: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Take the running statistics of batch normalisation anew, from training images as they are (arXiv 2105.07576, section 3).
+
+    While the network learns they follow small batches of varied images. New images are not varied: they would meet statistics
+    that are not theirs, and every logit would be shifted. The weights stay as they are.
+
+    Args:
+        network: it is put into training mode.
+        feed: the training images; STATISTICS_IMAGES of them are used.
+        arithmetic: device and precision.
+        normalization: of the images.
+        batch_size: images at a time; the statistics are the mean over these batches.
+        seed: of the choice of images; equal in all processes, so that their statistics are.
+        tick: called with the number of images done.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # a plain mean
+    network.train()
+    chosen = np.random.default_rng([STATISTICS, seed]).permutation(len(feed.dataset))[:STATISTICS_IMAGES]
+    for images in feed(np.array_split(chosen, -(-len(chosen) // batch_size)) if norms else []):
+        with arithmetic.autocast():
+            network.features(normalization(to_unit(images)))
+        tick(len(images))
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.momentum = momentum
+
+
 @torch.inference_mode()
 def predict_logits(
     network: Network, feed: Feed, arithmetic: Arithmetic, normalization: Normalization, batch_size: int, *, tta: bool = False,
@@ -2917,7 +2954,7 @@ class Session:
             with progress_bar(total=-(-len(feed.dataset) // self.config.batch_size), initial=progress.batch,
                               desc=f"epoch {progress.epoch + 1}/{self.config.epochs}", unit="batch") as bar:
                 train_epoch(self.trainer, feed, weights, self.run.stop, partial(self.pause, bar))
-            self.end_epoch(*self.validate(val_feed))
+            self.end_epoch(*self.validate(feed, val_feed))
         if self.run.processes.rank == 0 and progress.history:
             with atomic_write(self.files["curves"]) as file:
                 draw_history(progress.history, file)
@@ -2929,16 +2966,19 @@ class Session:
         waited = progress.epoch - progress.best_epoch
         return progress.epoch >= self.config.epochs or (0 < self.config.patience <= waited)
 
-    def validate(self, feed: Feed) -> tuple[np.ndarray, float]:
-        """Compute the logits of val, (N,), and how many seconds that took."""
-        began = time.perf_counter()
-        self.run.processes.same_buffers(self.trainer.network)
-        alone = self.run.processes.world == 1  # several stop together, in the next epoch
-        with progress_bar(total=len(feed.dataset), desc="validation", unit="image") as bar:
-            logits = predict_logits(
-                self.trainer.network, feed, self.run.arithmetic, self.normalization, self.config.scoring_batch,
-                processes=self.run.processes, tick=lambda count: self.pause(bar, alone and bool(self.run.stop.signum), count),
-            )
+    def validate(self, train_feed: Feed, val_feed: Feed) -> tuple[np.ndarray, float]:
+        """Make the network ready for new images and compute the logits of val, (N,); also the seconds that took."""
+        began, processes, config = time.perf_counter(), self.run.processes, self.config
+        alone = processes.world == 1  # several stop together, in the next epoch
+        images = min(STATISTICS_IMAGES, len(train_feed.dataset)) + len(val_feed.dataset)
+        with progress_bar(total=images, desc="validation", unit="image") as bar:
+            def tick(count: int) -> None:
+                self.pause(bar, alone and bool(self.run.stop.signum), count)
+
+            given = self.run.arithmetic, self.normalization, config.scoring_batch
+            settle_statistics(self.trainer.network, train_feed, *given, seed=config.seed, tick=tick)
+            processes.same_buffers(self.trainer.network)
+            logits = predict_logits(self.trainer.network, val_feed, *given, processes=processes, tick=tick)
         return logits, time.perf_counter() - began
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:

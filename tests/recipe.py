@@ -6,7 +6,8 @@ Only train/ is used, so that valid/ stays unseen: it is cut by patient into fold
 network with seed k on the other folds and scores the k-th. A recipe's AUROC and kappa (threshold 0.5) are the means over
 the folds; its difference from the first recipe is paired, with a 95 % interval from resampled patients. That interval
 holds the sampling of patients, not that of seeds: a difference near its edge is no difference. A name with a + is an
-ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image.
+ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image; `NAME@unsettled` keeps the statistics
+of batch normalisation that training left.
 
 Each run is kept in OUT, and what is there already is not run again. Not run by the tests.
 """
@@ -41,6 +42,7 @@ class Recipe:
     zoom: float = 0.0  # largest random change of scale, share
     shift: float = 0.0  # largest random shift, share of the side
     frozen: bool = False  # batch normalisation keeps its statistics
+    momentum: float = 0.1  # of batch normalisation's running statistics
 
 
 RECIPES = {
@@ -56,10 +58,11 @@ RECIPES = {
     "rotation 30": Recipe({"rotation": 30.0}),
     "grey levels alone": Recipe({"brightness": 0.0, "contrast": 0.0}),
     "head x10": Recipe(head_lr=10),
-    "average": Recipe(ema=0.98),
+    "average": Recipe(ema=0.99),
     "smoothing": Recipe(smoothing=0.1),
     "zoom": Recipe(zoom=0.15, shift=0.05),
     "frozen": Recipe(frozen=True),
+    "slow statistics": Recipe(momentum=0.03),
     "decay 0.1": Recipe({"weight_decay": 0.1}),
 }
 
@@ -76,6 +79,9 @@ class Candidate(mura.Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
             factor = partial(mura.cosine_factor, total=rest[2], warmup=config.warmup)
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = recipe.momentum
         if recipe.ema:
             self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
 
@@ -110,7 +116,7 @@ def fold_of(patient: str, folds: int) -> int:
 
 
 def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size: int, fold: int, folds: int) -> dict[str, Any]:
-    """Train on the other folds and give labels, patients and logits, plain and mirrored, of this one."""
+    """Train on the other folds and give labels, patients and logits of this one: plain, with mirror, unsettled."""
     sides: dict[bool, list[mura.View]] = {True: [], False: []}
     for view in decoded.views:
         sides[fold_of(view.patient, folds) == fold].append(view)
@@ -127,11 +133,13 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size:
         mura.train_epoch(trainer, feed, weights, mura.StopSignals(), lambda stopping: None)
         trainer.end_epoch({"val_accuracy": None, "val_loss": trainer.progress.loss / trainer.progress.seen})
     final = trainer.averaged.module if trainer.averaged else network
-    predict = partial(mura.predict_logits, final, mura.Feed(held_out, arithmetic.device), arithmetic, normalization,
-                      config.batch_size)
-    plain, both = predict(), predict(tta=True)
+    given = arithmetic, normalization, config.scoring_batch
+    predict = partial(mura.predict_logits, final, mura.Feed(held_out, arithmetic.device), *given)
+    unsettled = predict()
+    mura.settle_statistics(final, feed, *given, seed=config.seed)
     return {"label": held_out.labels, "patient": np.array([view.patient for view in held_out.views]),
-            "study": np.array([view.study for view in held_out.views]), "plain": plain, "flip": both}
+            "study": np.array([view.study for view in held_out.views]), "unsettled": unsettled, "plain": predict(),
+            "flip": predict(tta=True)}
 
 
 def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:

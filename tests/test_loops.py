@@ -392,6 +392,49 @@ def test_more_processes_than_images_in_a_batch_is_refused(plain: PlainNetwork) -
         run_epoch(trainer, Album(9), 3)
 
 
+# ----- statistics of batch normalisation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [12, 5])
+def test_settled_statistics_are_those_of_the_images_as_they_are(batch_size: int) -> None:
+    """By hand, whatever training left: the mean over the batches of each batch's mean and (unbiased) variance."""
+    network, album, done = TinyNetwork("resnet50"), Album(12), []
+    trainer = make_trainer(network, rotation=90.0, brightness=0.5, contrast=0.5)
+    run_epoch(trainer, album, 4)
+    weights = [p.detach().clone() for p in network.parameters()]
+    mad.settle_statistics(network, mad.Feed(album, CPU.device), CPU, GREY, batch_size, seed=3, tick=done.append)
+    assert sum(done) == 12
+    assert same(weights, list(network.parameters()), 0)
+    convolution, norm = network.backbone[:2]
+    assert norm.momentum == 0.1
+    order = np.random.default_rng([mad.STATISTICS, 3]).permutation(12)
+    with torch.no_grad():
+        maps = [convolution(GREY(mad.to_unit(album.batch(part)))) for part in np.array_split(order, -(-12 // batch_size))]
+    mean, variance = (torch.stack([getattr(part, name)((0, 2, 3)) for part in maps]).mean(0) for name in ("mean", "var"))
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+
+
+def test_some_images_settle_the_statistics_and_the_seed_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mad, "STATISTICS_IMAGES", 8)
+    found, done = [], []
+    for seed in (0, 0, 1):
+        network = TinyNetwork("resnet50")
+        network.load_state_dict({name: torch.ones_like(value) for name, value in network.state_dict().items()})
+        nn.init.normal_(network.backbone[0].weight, generator=torch.Generator().manual_seed(0))
+        mad.settle_statistics(network, mad.Feed(Album(40), CPU.device), CPU, GREY, 4, seed, done.append)
+        found.append(network.backbone[1].running_mean.clone())
+    assert done == [4] * 6
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_network_without_batch_normalisation_is_left_alone(plain: PlainNetwork) -> None:
+    before = [value.clone() for value in plain.state_dict().values()]
+    mad.settle_statistics(plain, mad.Feed(Album(4), CPU.device), CPU, GREY, 4, 0, lambda count: pytest.fail("looked at images"))
+    assert same(before, list(plain.state_dict().values()), 0)
+
+
 # ----- prediction ----------------------------------------------------------------------------------------------------
 
 
