@@ -49,11 +49,14 @@ RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
     "batch 4": Recipe({"batch_size": 4}),
-    "batch 16": Recipe({"batch_size": 16}),
+    "batch 8": Recipe({"batch_size": 8}),
+    "batch 8 lr 1e-4": Recipe({"batch_size": 8, "lr": 1e-4}),
+    "batch 8 lr 6e-4": Recipe({"batch_size": 8, "lr": 6e-4}),
     "lr 1e-4": Recipe({"lr": 1e-4}),
     "lr 6e-4": Recipe({"lr": 6e-4}),
     "lr 1e-3": Recipe({"lr": 1e-3}),
-    "batch 16 lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
+    "batch 8 frozen": Recipe({"batch_size": 8}, frozen=True),
+    "batch 8 zoom": Recipe({"batch_size": 8}, zoom=0.15, shift=0.05),
     "rotation 0": Recipe({"rotation": 0.0}),
     "rotation 30": Recipe({"rotation": 30.0}),
     "grey levels alone": Recipe({"brightness": 0.0, "contrast": 0.0}),
@@ -133,10 +136,10 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size:
         mura.train_epoch(trainer, feed, weights, mura.StopSignals(), lambda stopping: None)
         trainer.end_epoch({"val_accuracy": None, "val_loss": trainer.progress.loss / trainer.progress.seen})
     final = trainer.averaged.module if trainer.averaged else network
-    given = arithmetic, normalization, config.scoring_batch
+    given = arithmetic, normalization, config.batch_size
     predict = partial(mura.predict_logits, final, mura.Feed(held_out, arithmetic.device), *given)
     unsettled = predict()
-    mura.settle_statistics(final, feed, *given, seed=config.seed)
+    mura.settle_statistics(final, feed, *given, config.settle or 256, config.seed)
     return {"label": held_out.labels, "patient": np.array([view.patient for view in held_out.views]),
             "study": np.array([view.study for view in held_out.views]), "unsettled": unsettled, "plain": predict(),
             "flip": predict(tta=True)}

@@ -402,7 +402,7 @@ def test_settled_statistics_are_those_of_the_images_as_they_are(batch_size: int)
     trainer = make_trainer(network, rotation=90.0, brightness=0.5, contrast=0.5)
     run_epoch(trainer, album, 4)
     weights = [p.detach().clone() for p in network.parameters()]
-    mad.settle_statistics(network, mad.Feed(album, CPU.device), CPU, GREY, batch_size, seed=3, tick=done.append)
+    mad.settle_statistics(network, mad.Feed(album, CPU.device), CPU, GREY, batch_size, 100, seed=3, tick=done.append)
     assert sum(done) == 12
     assert same(weights, list(network.parameters()), 0)
     convolution, norm = network.backbone[:2]
@@ -415,24 +415,26 @@ def test_settled_statistics_are_those_of_the_images_as_they_are(batch_size: int)
     torch.testing.assert_close(norm.running_var, variance)
 
 
-def test_some_images_settle_the_statistics_and_the_seed_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mad, "STATISTICS_IMAGES", 8)
+def test_some_images_settle_the_statistics_and_the_seed_says_which() -> None:
     found, done = [], []
     for seed in (0, 0, 1):
         network = TinyNetwork("resnet50")
         network.load_state_dict({name: torch.ones_like(value) for name, value in network.state_dict().items()})
         nn.init.normal_(network.backbone[0].weight, generator=torch.Generator().manual_seed(0))
-        mad.settle_statistics(network, mad.Feed(Album(40), CPU.device), CPU, GREY, 4, seed, done.append)
+        mad.settle_statistics(network, mad.Feed(Album(40), CPU.device), CPU, GREY, 4, 8, seed, done.append)
         found.append(network.backbone[1].running_mean.clone())
     assert done == [4] * 6
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-def test_a_network_without_batch_normalisation_is_left_alone(plain: PlainNetwork) -> None:
-    before = [value.clone() for value in plain.state_dict().values()]
-    mad.settle_statistics(plain, mad.Feed(Album(4), CPU.device), CPU, GREY, 4, 0, lambda count: pytest.fail("looked at images"))
-    assert same(before, list(plain.state_dict().values()), 0)
+@pytest.mark.parametrize(("network_class", "images"), [(PlainNetwork, 4), (TinyNetwork, 0)])
+def test_without_batch_normalisation_or_images_nothing_changes(network_class: type[mad.Network], images: int) -> None:
+    network = network_class("resnet50")
+    before = [value.clone() for value in network.state_dict().values()]
+    feed = mad.Feed(Album(4), CPU.device)
+    mad.settle_statistics(network, feed, CPU, GREY, 4, images, 0, lambda count: pytest.fail("looked at images"))
+    assert all(map(torch.equal, before, network.state_dict().values()))
 
 
 # ----- prediction ----------------------------------------------------------------------------------------------------

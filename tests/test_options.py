@@ -48,6 +48,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "rotation": (["15"], 15.0),
     "brightness": (["0"], 0.0),
     "contrast": (["1"], 1.0),
+    "settle": (["0"], 0),
     "patience": (["3"], 3),
     "precision": (["fp32"], "fp32"),
     "seed": (["42"], 42),
@@ -126,7 +127,7 @@ def test_the_recipe_of_the_paper():
     config = mad.parse_options(["--data-dir", "d", "--recipe", "paper"])
     assert (config.image_size, config.batch_size, config.lr, config.schedule) == (320, 8, 1e-4, "plateau")
     assert (config.flip, config.rotation, config.brightness, config.contrast, config.weight_decay) == (0.5, 30, 0, 0, 0)
-    assert (config.fit, config.normalization, config.tta) == ("stretch", "imagenet", False)
+    assert (config.fit, config.normalization, config.tta, config.settle) == ("stretch", "imagenet", False, 0)
     for order in (["--recipe", "paper", "--rotation", "10"], ["--rotation", "10", "--recipe", "paper"]):
         assert mad.parse_options(["--data-dir", "d", *order]) == replace(config, rotation=10)
 
