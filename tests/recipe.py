@@ -80,7 +80,7 @@ class Candidate(mura.Trainer):
             groups = [{"params": network.backbone.parameters()},
                       {"params": network.head.parameters(), "lr": config.lr * recipe.head_lr}]
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-            factor = partial(mura.cosine_factor, total=rest[2], warmup=config.warmup)
+            factor = partial(mura.quadratic_factor, total=rest[2], warmup=config.warmup)
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -122,16 +122,16 @@ def test_the_loss_is_computed_in_fp32_whatever_comes_in() -> None:
 
 @given(st.integers(1, 400), st.floats(0, 0.9))
 def test_the_learning_rate_rises_then_falls_to_zero(total: int, warmup: float) -> None:
-    factors = [mad.cosine_factor(step, total, warmup) for step in range(total + 1)]
+    factors = [mad.quadratic_factor(step, total, warmup) for step in range(total + 1)]
     rise = round(warmup * total)
     assert all(0 < factor <= 1 for factor in factors[:total])
     assert max(factors[rise], *factors[:rise], 0) == 1
     assert factors[:rise] == sorted(factors[:rise])
     assert factors[rise:] == sorted(factors[rise:], reverse=True)
     assert factors[total] == pytest.approx(0, abs=1e-12) if rise < total else factors[total] == 1
-    assert mad.cosine_factor(2 * total + 5, total, warmup) == pytest.approx(0, abs=1e-12)
-    for step in range(total - rise + 1):  # half a cosine is point-symmetric
-        assert factors[rise + step] + factors[total - step] == pytest.approx(1) or rise == total
+    assert mad.quadratic_factor(2 * total + 5, total, warmup) == pytest.approx(0, abs=1e-12)
+    for step in range(total - rise + 1):
+        assert math.sqrt(factors[rise + step]) == pytest.approx(1 - step / max(1, total - rise))
 
 
 def test_the_trainer_follows_the_schedule(plain: PlainNetwork) -> None:
@@ -140,7 +140,7 @@ def test_the_trainer_follows_the_schedule(plain: PlainNetwork) -> None:
     for _ in range(8):
         rates.append(trainer.lr)
         trainer.update()
-    assert rates == pytest.approx([0.01 * mad.cosine_factor(step, 8, 0.25) for step in range(8)])
+    assert rates == pytest.approx([0.01 * mad.quadratic_factor(step, 8, 0.25) for step in range(8)])
 
 
 def test_plateau_divides_by_ten_when_the_loss_does_not_fall(plain: PlainNetwork) -> None:
@@ -174,7 +174,7 @@ def test_steps_equal_those_of_a_plain_loop(network_class: type[mad.Network]) -> 
         loss = (weights * -(labels * p.log() + (1 - labels) * (1 - p).log())).sum()
         assert loss_sum.item() == pytest.approx(loss.item(), rel=1e-5)
         assert correct.item() == int(((p > 0.5) == (labels == 1)).sum())
-        optimizer.param_groups[0]["lr"] = 0.01 * mad.cosine_factor(step, 3, 0.3)
+        optimizer.param_groups[0]["lr"] = 0.01 * mad.quadratic_factor(step, 3, 0.3)
         optimizer.zero_grad()
         (loss / len(album)).backward()
         optimizer.step()
