@@ -1,4 +1,4 @@
-"""Batches and augmentation: every image once an epoch, in an order and with changes that can be repeated."""
+"""Section 5, batches and augmentation: every image once an epoch, in an order and with changes that can be repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 13: the real command, as its user types it, in every mode: exit codes, streams and files."""
+"""Section 17: the real command, as its user types it, in every mode: exit codes, streams and files."""
 
 from __future__ import annotations
 

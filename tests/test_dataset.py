@@ -1,4 +1,4 @@
-"""Cache and MuraDataset: each image is decoded once, what is kept is what the file shows, and damage never passes."""
+"""Section 4, cache and MuraDataset: each image is decoded once, kept as the file shows it, and damage never passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding: every kind of image file becomes grey as a radiologist would see it, or a stated reason.
+"""Section 4, decoding: every kind of image file becomes grey as a radiologist would see it, or a stated reason.
 
 Most files are written here byte by byte, so that the expected pixels come from arithmetic and not from the decoder
 under test; OpenCV's decoders and pydicom's own display functions are the independent oracles.

@@ -1,4 +1,4 @@
-"""Index: MURA's folders and lists become views, whatever else lies between them."""
+"""Section 2, index: MURA's folders and lists become views, whatever else lies between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: every flag is a field of Config, stated once; wrong use costs one line, exit code 2 and no waiting."""
+"""Section 1, options: every flag is a field of Config, stated once; wrong use costs one line, exit code 2 and no waiting."""
 
 from __future__ import annotations
 

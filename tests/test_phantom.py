@@ -1,4 +1,4 @@
-"""The phantom radiographs: what is drawn, where the lesion lies, and the MURA layout on disk."""
+"""Section 12, phantoms: what is drawn, where the lesion lies, and the MURA layout on disk."""
 
 from __future__ import annotations
 

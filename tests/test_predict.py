@@ -1,4 +1,4 @@
-"""Section 13, prediction and export: every input gets one answer, the same as --evaluate gives, or its reason."""
+"""Sections 15 and 16, prediction and export: every input gets one answer, the same as --evaluate gives, or its reason."""
 
 from __future__ import annotations
 

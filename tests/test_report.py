@@ -1,4 +1,4 @@
-"""Section 11, the report: a table for the terminal, a figure for a paper, at ordinary and at degenerate input."""
+"""Sections 11 and 14, the report: a table for the terminal, a figure for a paper, at ordinary and at degenerate input."""
 
 from __future__ import annotations
 

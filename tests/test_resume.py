@@ -1,4 +1,4 @@
-"""Section 13, Session and main: a run that is stopped, killed or divided ends as one that was left alone."""
+"""Section 13, training runs: a run that is stopped, killed or divided ends as one that was left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split and class weights: patients never on both sides, and the weights of the paper's loss."""
+"""Section 3, split and class weights: patients never on both sides, and the weights of the paper's loss."""
 
 from __future__ import annotations
 
