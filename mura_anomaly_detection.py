@@ -159,8 +159,8 @@ class Config:
         "training", "imagenet", "initial weights: imagenet (downloaded by torchvision), none (random), or a file (torchvision "
         "state_dict, or a checkpoint of this program)", metavar="SOURCE")
     epochs: int = option("training", 5, "passes over the training images", type=COUNT, metavar="N")
-    batch_size: int = option("training", 16, "images per optimiser step, over all processes together (paper: 8)", type=COUNT,
-                             metavar="N")
+    batch_size: int = option("training", 8, "images per optimiser step, over all processes together (paper: 8); scoring takes "
+                             "four times as many at once", type=COUNT, metavar="N")
     accumulate: int = option("training", 1, "parts that a batch is computed in, to fit a small card", type=COUNT, metavar="N")
     lr: float = option("training", 3e-4, "peak learning rate of Adam (paper: 0.0001)", type=number(float, 0, 10, open_low=True),
                        metavar="RATE")
@@ -220,6 +220,11 @@ class Config:
     def stem(self) -> Path:
         """The first --checkpoint without its suffix: what the files of a run are named after."""
         return self.checkpoint[0].with_suffix("")
+
+    @property
+    def scoring_batch(self) -> int:
+        """Images at once where nothing is learnt: without gradients four times as many take about the same memory."""
+        return 4 * self.batch_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -2976,10 +2981,12 @@ class Session:
             def tick(count: int) -> None:
                 self.pause(bar, alone and bool(self.run.stop.signum), count)
 
-            given = self.run.arithmetic, self.normalization, config.batch_size
-            settle_statistics(self.trainer.network, train_feed, *given, config.settle, config.seed, tick)
+            given = self.run.arithmetic, self.normalization
+            settle_statistics(self.trainer.network, train_feed, *given, config.batch_size, config.settle, config.seed, tick)
             processes.same_buffers(self.trainer.network)
-            logits = predict_logits(self.trainer.network, val_feed, *given, processes=processes, tick=tick)
+            logits = predict_logits(
+                self.trainer.network, val_feed, *given, config.scoring_batch, processes=processes, tick=tick
+            )
         return logits, time.perf_counter() - began
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
@@ -3139,7 +3146,7 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> int:
         with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
             logits = predict_logits(
                 member.network, Feed(dataset, run.arithmetic.device), run.arithmetic, member.normalization,
-                config.batch_size, tta=config.tta, processes=run.processes, tick=partial(run.tick, bar),
+                config.scoring_batch, tta=config.tta, processes=run.processes, tick=partial(run.tick, bar),
             )
         by_name.append(dict(zip((view.name for view in dataset.views), sigmoid(logits, member.temperature), strict=True)))
     views = [view for view in index.views if all(view.name in scores for scores in by_name)]
@@ -3283,9 +3290,9 @@ class Predictor:
         """Yield a result for each case, in order; images are decoded in threads while others are classified."""
         shapes = {(member.image_size, member.fit) for member in self.members}
         views = (path for case in cases for path in case.views)
-        workers, ahead = self.config.workers or core_count(), 2 * self.config.batch_size
+        workers, ahead = self.config.workers or core_count(), self.config.scoring_batch
         read = map_ahead(partial(read_finding, shapes=shapes), views, workers, ahead)
-        for block in blocks_of(cases, self.config.batch_size):
+        for block in blocks_of(cases, self.config.scoring_batch):
             found = iter(self.classify(list(itertools.islice(read, sum(len(case.views) for case in block))), explain=explain))
             self.stop.check()
             for case in block:
@@ -3295,8 +3302,8 @@ class Predictor:
         """Fill in probabilities, and maps, of the findings that could be read."""
         readable = [finding for finding in findings if not finding.error]
         done: dict[int, Finding] = {}
-        for i in range(0, len(readable), self.config.batch_size):
-            batch = readable[i : i + self.config.batch_size]
+        for i in range(0, len(readable), self.config.scoring_batch):
+            batch = readable[i : i + self.config.scoring_batch]
             seen = [self.look(member, batch, explain) for member in self.members]
             probabilities = np.mean([probability for probability, _ in seen], axis=0)
             evidence = [np.mean(maps, axis=0) for maps in zip(*(maps for _, maps in seen), strict=True)] or [None] * len(batch)
