@@ -120,6 +120,12 @@ def test_flags_named_in_the_readme_exist() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
+def test_what_the_readme_shows_is_there_and_nothing_is_left_to_fill_in() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+    assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", README)
+
+
 def test_docstring_examples() -> None:
     import doctest
 
