@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import math
 import re
 import signal
@@ -242,32 +243,28 @@ def build_parser() -> Parser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100),
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for item in fields(Config):
-        title, shown = item.metadata["group"], item.default
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        text = item.metadata["help"]
-        if not any(shown is silent for silent in (None, False, ())):
-            text += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
-        flag = "--" + item.name.replace("_", "-")
-        groups[title].add_argument(flag, default=shown, help=text, **item.metadata["argparse"])
+    for title, items in itertools.groupby(fields(Config), lambda item: item.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for item in items:
+            shown, text = item.default, item.metadata["help"]
+            if not any(shown is silent for silent in (None, False, ())):
+                text += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
+            group.add_argument("--" + item.name.replace("_", "-"), default=shown, help=text, **item.metadata["argparse"])
     return parser
 
 
 def parse_options(arguments: Sequence[str]) -> Config:
     """Turn command-line arguments into a Config; wrong use prints one line and exits with EXIT_USAGE."""
     parser = build_parser()
-    values = vars(parser.parse_args(arguments))
-    if values["demo"]:
-        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(values["demo"] / "demo.pth",))
-    if values["recipe"] == "paper":
+    given = parser.parse_args(arguments)
+    if given.demo:
+        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(given.demo / "demo.pth",))
+    if given.recipe == "paper":
         parser.set_defaults(**PAPER_RECIPE)
-    values = vars(parser.parse_args(arguments))
-    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = vars(parser.parse_args(arguments)).items()
+    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
     config = Config(**chosen)
-    problem = usage_problem(config)
-    if problem:
+    if problem := usage_problem(config):
         parser.error(problem)
     return config
 
@@ -306,7 +303,6 @@ import csv
 import ctypes
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -379,21 +375,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".we
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One image of the set.
-
-    Attributes:
-        path: the file.
-        part: body part, such as XR_ELBOW.
-        patient: such as patient00011; the same name in two body parts is taken for one patient.
-        study: such as XR_ELBOW/patient00011/study1_negative.
-        label: 0 normal, 1 abnormal.
-    """
+    """One image of the set."""
 
     path: Path
-    part: str
-    patient: str
-    study: str
-    label: int
+    part: str  # XR_ELBOW, ...
+    patient: str  # patient00011, ...: the same name in two body parts is taken for one patient
+    study: str  # XR_ELBOW/patient00011/study1_negative, ...
+    label: int  # 0 normal, 1 abnormal
 
     @property
     def name(self) -> str:
@@ -415,11 +403,10 @@ def find_data_root(folder: Path) -> Path:
     raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; --data-dir wants the unpacked MURA-v1.1")
 
 
-def subfolders(folder: Path | str, prefix: str = "") -> list[os.DirEntry[str]]:
-    """List the folders directly below `folder` whose names begin with `prefix`, in order of name; hidden ones left out."""
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the folders directly below `folder`, in natural order; hidden ones are left out."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if entry.name.startswith(prefix) and entry.name[0] != "." and entry.is_dir()]
-    return sorted(found, key=lambda entry: natural_key(entry.name))
+        return sorted((entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()), key=natural_key)
 
 
 @lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
@@ -437,36 +424,36 @@ def image_names(folder: Path | str) -> list[str]:
 
     AppleDouble (._x) and other stray files are left out, and so is what --predict saved beside the images.
     """
-    names = [name for name in os.listdir(folder) if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
-    names = [name for name in names if not name.endswith(HEATMAP_ENDING)]
-    return sorted(names, key=natural_key)
+    names = (name for name in os.listdir(folder) if name[0] != "." and not name.endswith(HEATMAP_ENDING))
+    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
 
 
-def read_list(path: Path, split: str) -> list[list[str]]:
-    """Read one of MURA's CSV lists; each path is cut to what follows `split`/.
+def read_list(path: Path, split: str) -> dict[str, str]:
+    """Read one of MURA's CSV lists: what follows `split`/ in each path, and the label behind it ("" in a list of images).
 
     >>> read_list(Path("no such file"), "train")
-    []
+    {}
 
     Raises:
         UserError: a row is not `.../SPLIT/XR_PART/patient/study/...` (with `,0` or `,1` in a list of studies).
     """
     if not path.is_file():
-        return []
-    width = 2 if "labeled_studies" in path.name else 1
-    rows: list[list[str]] = []
-    try:
-        lines = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return {}
+    endings = (["0"], ["1"]) if "labeled_studies" in path.name else ([],)
+    listed: dict[str, str] = {}
+    try:  # line by line, so that a stray quote does not swallow the lines behind it
+        rows = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); restore it from the MURA archive or delete it") from error
-    for count, row in enumerate(lines, 1):
-        if not any(cell.strip() for cell in row):
+    for count, row in enumerate(rows, 1):
+        if not "".join(row).strip():
             continue
-        pieces = row[0].replace("\\", "/").strip("/ \t").split("/")
-        if len(row) != width or split not in pieces[:-3] or (width == 2 and row[1].strip() not in ("0", "1")):
+        _, found, name = ("/" + row[0].replace("\\", "/").strip("/ \t")).rpartition(f"/{split}/")
+        label = [cell.strip() for cell in row[1:]]
+        if not found or name.count("/") < 2 or label not in endings:
             raise UserError(f"{path}: line {count} is not like MURA's ({','.join(row)[:60]!r}); restore the file or delete it")
-        rows.append(["/".join(pieces[len(pieces) - pieces[::-1].index(split) :]), *row[1:]])
-    return rows
+        listed[name] = "".join(label)
+    return listed
 
 
 def choose_parts(present: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -508,52 +495,44 @@ def index_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Index:
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {root} must hold {split}/XR_*/patient*/study*/image*.png")
-    listed_images = {row[0] for row in read_list(root / f"{split}_image_paths.csv", split)}
-    listed_labels = {row[0]: int(row[1]) for row in read_list(root / f"{split}_labeled_studies.csv", split)}
-    parts = choose_parts([entry.name for entry in subfolders(folder, "XR_")], tasks)
+    listed = read_list(root / f"{split}_image_paths.csv", split)
+    labels = read_list(root / f"{split}_labeled_studies.csv", split)
+    parts = choose_parts([name for name in subfolders(folder) if name.startswith("XR_")], tasks)
     views: list[View] = []
     unlisted = unlabelled = conflicts = 0
     for part, patient, study in walk_studies(folder, parts):
         key = f"{part}/{patient}/{study}"
-        label, named = study_label(study, listed_labels.get(key))
-        unlabelled += label is None
-        conflicts += label is not None and named is not None and label != named
+        named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower())
+        label = labels.get(key, named)
+        if label is None:
+            unlabelled += 1
+            continue
+        conflicts += named not in (None, label)
         place = folder / key
-        for name in image_names(place) if label is not None else ():
-            if listed_images and f"{key}/{name}" not in listed_images:
-                unlisted += 1
-            else:
-                views.append(View(place / name, part, patient, key, int(label or 0)))
-    wanted = {name for name in listed_images if name.partition("/")[0] in parts}
-    absent = sorted(wanted - {view.name for view in views})
-    notes = [
-        (unlisted, f"{unlisted} images are not in {split}_image_paths.csv and are left out"),
-        (unlabelled, f"{unlabelled} studies have no label (no _positive or _negative, not in the list) and are left out"),
-        (conflicts, f"{conflicts} studies are named otherwise than {split}_labeled_studies.csv says; the list counts"),
-        (len(absent), f"{len(absent)} images of {split}_image_paths.csv are missing, such as {(absent or [''])[0]}"),
-    ]
+        found = [View(place / name, part, patient, key, int(label)) for name in image_names(place)]
+        kept = [view for view in found if not listed or view.name in listed]
+        unlisted += len(found) - len(kept)
+        views += kept
+    absent = sorted({name for name in listed if name.partition("/")[0] in parts} - {view.name for view in views})
+    counts = {
+        f"{unlisted} images are not in {split}_image_paths.csv and are left out": unlisted,
+        f"{unlabelled} studies have no label (no _positive or _negative, not in the list) and are left out": unlabelled,
+        f"{conflicts} studies are named otherwise than {split}_labeled_studies.csv says; the list counts": conflicts,
+        f"{len(absent)} images of {split}_image_paths.csv are missing, such as {''.join(absent[:1])}": len(absent),
+    }
+    notes = [text for text, count in counts.items() if count]
     if not views:
-        found = "; ".join(text for count, text in notes if count) or "expected XR_*/patient*/study*_*/image*.png"
-        raise UserError(f"{folder}: no images found; {found}")
-    return Index(split, tuple(views), tuple(f"{folder}: {text}" for count, text in notes if count))
+        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
+        raise UserError(f"{folder}: no images found; {reason}")
+    return Index(split, tuple(views), tuple(f"{folder}: {text}" for text in notes))
 
 
 def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Yield (part, patient, study) folder names below `folder`, in natural order."""
     for part in parts:
         for patient in subfolders(folder / part):
-            for study in subfolders(patient.path):
-                yield part, patient.name, study.name
-
-
-def study_label(study: str, listed: int | None) -> tuple[int | None, int | None]:
-    """Give (label that counts, label in the name) of a study folder; None where there is none.
-
-    >>> study_label("study1_positive", None), study_label("study1_positive", 0), study_label("study1", None)
-    ((1, 1), (0, 1), (None, None))
-    """
-    named = {"positive": 1, "negative": 0}.get(study.rpartition("_")[2].lower())
-    return (named if listed is None else listed), named
+            for study in subfolders(folder / part / patient):
+                yield part, patient, study
 
 
 def describe(name: str, views: Sequence[View]) -> str:
@@ -589,7 +568,7 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     for stratum in (True, False):
         names = [name for name, value in abnormal.items() if value is stratum]
         names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        val.update(names[: max(0, min(max(1, round(share * len(names))), len(names) - 1))])
+        val.update(names[:-1][: max(1, round(share * len(names)))])
     if not val or len(val) == len(abnormal):
         raise UserError(f"--val-split {share:g}: {len(abnormal)} patients cannot be split; use more patients or another share")
     return [view for view in views if view.patient not in val], [view for view in views if view.patient in val]
@@ -603,15 +582,12 @@ def class_weights(views: Sequence[View]) -> dict[str, tuple[float, float]]:
     Raises:
         UserError: the images are all of one class.
     """
-    counts = Counter((view.part, view.label) for view in views)
     for label, name in enumerate(CLASSES):
-        if not any(counts[part, label] for part in {view.part for view in views}):
+        if label not in {view.label for view in views}:
             raise UserError(f"the training images hold none that is {name}; training needs both classes")
-    weights = {}
-    for part in sorted({view.part for view in views}):
-        total = counts[part, 0] + counts[part, 1]
-        weights[part] = (counts[part, 1] / total, counts[part, 0] / total)
-    return weights
+    totals = Counter(view.part for view in views)
+    counts = Counter((view.part, view.label) for view in views)
+    return {part: (counts[part, 1] / total, counts[part, 0] / total) for part, total in totals.items()}
 
 
 # ===== 4 decoding, cache, MuraDataset ================================================================================
