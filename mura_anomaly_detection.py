@@ -653,7 +653,7 @@ def _open_picture(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known kind, or its header is damaged") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels") from error
     # MPO is a camera's JPEG with previews of the same picture behind it
     _check_size(*image.size, frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1))
@@ -680,13 +680,11 @@ def _decode_picture(data: bytes) -> np.ndarray:
 
 def _load_png(image: Image.Image, data: bytes) -> None:
     """Decode with the two checks that Pillow omits: the checksums of the pixel data, and that every row is there."""
-    start, view = 8, memoryview(data)
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4])
-        checksum = int.from_bytes(view[end : end + 4])
-        if data[start + 4 : start + 8] == b"IDAT" and zlib.crc32(view[start + 4 : end]) != checksum:
-            raise BadImage("damaged or cut short: a checksum is wrong")
-        start = end + 4
+    try:
+        with contextlib.suppress(OSError):  # cut short: where that costs pixels, `load` fails
+            _open_picture(data).verify()
+    except SyntaxError as error:
+        raise BadImage("damaged or cut short: a checksum is wrong") from error
     bands = len(image.getbands())
     image.im = Image.new(image.mode, image.size, (1,) * bands if bands > 1 else 1).im  # missing rows stay 1, not 0
     image.load()
@@ -780,8 +778,9 @@ def _to_display(values: np.ndarray, header: Dataset) -> np.ndarray:
         if header.get("VOILUTFunction") == "SIGMOID":
             grey = _scale(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
         else:
-            shift = header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1  # LINEAR: C.11.2.1.2.1
-            grey = _scale(values, *(centre - shift / 2 + side * (width - shift) / 2 for side in (-1, 1)))
+            if header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1:
+                centre, width = centre - 0.5, width - 1  # LINEAR: C.11.2.1.2.1
+            grey = _scale(values, centre - width / 2, centre + width / 2)
     # no window, or one that misses every pixel: the extremes become black and white
     return grey if np.ptp(grey) else _scale(values, float(values.min()), float(values.max()))
 
@@ -848,8 +847,8 @@ def _mean_chroma(path: Path) -> float:
         small = image.convert("RGBA").resize((256, 256), Image.Resampling.NEAREST)
     except Exception:  # DICOM, where colour is refused already
         return 0.0
-    red, green, blue, alpha = (np.asarray(band, np.float32) for band in small.split())
-    return float(np.mean(np.ptp([red, green, blue], axis=0) * alpha / 255))
+    pixels = np.asarray(small, np.float32)
+    return float(np.mean(np.ptp(pixels[..., :3], axis=2) * pixels[..., 3] / 255))
 
 
 Item = TypeVar("Item")
