@@ -853,62 +853,55 @@ def _mean_chroma(path: Path) -> float:
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
-PREPROCESSING_VERSION = 1  # raise it when decoding or resizing changes: caches made before are then not used
+PREPROCESSING_VERSION = 2  # raise it when decoding, resizing or shards change: caches made before are then not used
 BAD_SHARE = 0.01  # of all images: more unreadable ones than this stop a run, unless it was told to skip them
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The decoded images of one body part of one split: FILE.npy, an array (n, S, S) uint8, and FILE.json beside it.
+    """The decoded images of one body part of one split: FILE.npy, an array (n, S, S) uint8, and FILE.json beside it."""
 
-    Attributes:
-        file: the .npy file.
-        checksums: (n,) crc32 of each image's bytes.
-        names: which images these are, in the order of the rows.
-        bad: name -> why, of the images that could not be decoded; they have no row.
-    """
-
-    file: Path
-    checksums: np.ndarray
-    names: tuple[str, ...]
-    bad: dict[str, str]
-
-
-def image_key(view: View) -> str:
-    """Say what identifies an image's content on disk: name, size in bytes, time of change; `absent` where it is not there."""
-    try:
-        status = view.path.stat()
-    except OSError:
-        return f"{view.name}|absent"
-    return f"{view.name}|{status.st_size}|{status.st_mtime_ns}"
+    file: Path  # the .npy
+    names: list[str]  # which images these are, in the order of the rows
+    checksums: np.ndarray  # (n,) crc32 of each row
+    bad: dict[str, str]  # name -> why, of the images that could not be decoded; their rows are black
 
 
 def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path:
-    """Name the cache file of some images; the name holds a digest of all that decides its content."""
+    """Name the cache file of some images after all that decides its content: preprocessing, names, sizes, times of change."""
     digest = hashlib.sha256(f"{PREPROCESSING_VERSION}|{size}|{fit}".encode())
     for view in views:
-        digest.update(image_key(view).encode() + b"\n")
+        state = "absent"
+        with contextlib.suppress(OSError):
+            status = view.path.stat()
+            state = f"{status.st_size}|{status.st_mtime_ns}"
+        digest.update(f"{view.name}|{state}\n".encode())
     return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
+
+
+def array_header(count: int, size: int) -> bytes:
+    """Make the .npy header of a (count, size, size) uint8 array."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
+    return header.getvalue()
+
+
+def json_digest(content: object) -> str:
+    """Compute the sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def open_shard(file: Path, size: int) -> Shard | None:
     """Open a shard that is there already; None where it is absent, incomplete or damaged other than in its pixels."""
     try:
-        described = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        body = json.dumps(described["body"], sort_keys=True)
-        if described["sha256"] != hashlib.sha256(body.encode()).hexdigest():
-            return None
-        kept = described["body"]
+        kept = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        sound = kept.pop("sha256") == json_digest(kept)
         header = array_header(len(kept["names"]), size)
         with file.open("rb") as array:
-            whole = (
-                array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
-            )
-    except (OSError, ValueError, KeyError, TypeError):
+            whole = array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not whole:
-        return None
-    return Shard(file, np.array(kept["crc32"], dtype=np.uint32), tuple(kept["names"]), kept["bad"])
+    return Shard(file, kept["names"], np.array(kept["crc32"], np.uint32), kept["bad"]) if sound and whole else None
 
 
 def decode_square(path: Path, size: int, fit: str) -> np.ndarray | str:
@@ -934,42 +927,30 @@ def map_ahead(function: Callable[[Item], Done], items: Iterable[Item], workers: 
             pool.shutdown(cancel_futures=True)
 
 
-def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers: int, bar: Any, stop: StopSignals) -> Shard:
+def build_shard(file: Path, views: Sequence[View], size: int, config: Config, bar: Any, stop: StopSignals) -> Shard:
     """Decode images into a new shard.
 
     Raises:
         UserError: the cache folder is full or cannot be written.
     """
-    names: list[str] = []
+    names, workers = [view.name for view in views], config.workers or core_count()
     checksums: list[int] = []
     bad: dict[str, str] = {}
-    squares = map_ahead(lambda view: decode_square(view.path, size, fit), views, workers, 8 * workers)
+    squares = map_ahead(lambda view: decode_square(view.path, size, config.fit), views, workers, 8 * workers)
     with atomic_write(file) as out:
-        out.write(array_header(0, size))  # reserves the space; the count is known at the end
-        for view, decoded in zip(views, squares, strict=True):
-            if isinstance(decoded, str):
-                bad[view.name] = decoded
-            else:
-                names.append(view.name)
-                content = decoded.tobytes()
-                checksums.append(zlib.crc32(content))
-                out.write(content)
+        out.write(array_header(len(names), size))
+        for name, square in zip(names, squares, strict=True):
+            if isinstance(square, str):
+                bad[name] = square
+            content = bytes(size**2) if isinstance(square, str) else square.tobytes()
+            checksums.append(zlib.crc32(content))
+            out.write(content)
             bar.update()
             stop.check()
-        out.seek(0)
-        out.write(array_header(len(names), size))
-    body = {"names": names, "crc32": checksums, "bad": bad}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    kept = {"names": names, "crc32": checksums, "bad": bad}
     with atomic_write(file.with_suffix(".json")) as out:
-        out.write(json.dumps({"sha256": digest, "body": body}).encode())
-    return Shard(file, np.array(checksums, dtype=np.uint32), tuple(names), bad)
-
-
-def array_header(count: int, size: int) -> bytes:
-    """Make the .npy header of a (count, size, size) uint8 array; numpy pads it so that its length is the same for any count."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
-    return header.getvalue()
+        out.write(json.dumps({**kept, "sha256": json_digest(kept)}).encode())
+    return Shard(file, names, np.array(checksums, np.uint32), bad)
 
 
 def cache_folder(config: Config, root: Path) -> Path:
@@ -1005,27 +986,24 @@ def open_cache(
     """
     folder = cache_folder(config, root)
     shards: list[Shard] = []
-    by_part: dict[str, list[View]] = defaultdict(list)
-    for view in views:
-        by_part[view.part].append(view)
     with progress_bar(total=len(views), desc="decode", unit="image") as bar:
-        for part in sorted(by_part):
-            rows = by_part[part]
-            file = shard_file(folder, rows, size, config.fit)
+        for part in sorted({view.part for view in views}):
+            chosen = [view for view in views if view.part == part]
+            file = shard_file(folder, chosen, size, config.fit)
             shard = open_shard(file, size)
-            bad = [view.path for view in rows if view.name in shard.bad] if shard and shard.bad else []
-            if any(not isinstance(decode_square(path, 32, config.fit), str) for path in bad):
+            bad = [view for view in chosen if shard and view.name in shard.bad]
+            if not all(isinstance(decode_square(view.path, 32, config.fit), str) for view in bad):
                 shard = None
             if shard:
-                bar.update(len(rows))
+                bar.update(len(chosen))
             elif not build:
                 raise UserError(f"{file}: was not written by the first process", EXIT_FAILED)
-            shards.append(shard or build_shard(file, rows, size, config.fit, config.workers or core_count(), bar, stop))
+            shards.append(shard or build_shard(file, chosen, size, config, bar, stop))
+    unread = {name: why for shard in shards for name, why in shard.bad.items()}
     place = {name: (i, row) for i, shard in enumerate(shards) for row, name in enumerate(shard.names)}
-    placed = [(view, place.get(view.name)) for view in views]
-    good = tuple(view for view, row in placed if row)
-    rows_of = np.array([row for _, row in placed if row], dtype=np.int64).reshape(-1, 2)
-    return Decoded(good, tuple(shards), rows_of, {name: why for shard in shards for name, why in shard.bad.items()})
+    good = tuple(view for view in views if view.name not in unread)
+    rows = np.array([place[view.name] for view in good], np.int64).reshape(-1, 2)
+    return Decoded(good, tuple(shards), rows, unread)
 
 
 def check_bad_images(decoded: Decoded, folder: Path, config: Config) -> None:
@@ -1098,11 +1076,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
             UserError: an image in the cache is damaged.
         """
         rows = self._rows[indices]
-        first = self._map(int(rows[0, 0])) if len(rows) else self._map(0)
-        pixels = np.empty((len(rows), *first.shape[1:]), dtype=np.uint8)
-        for shard in np.unique(rows[:, 0]):
-            here = rows[:, 0] == shard
-            pixels[here] = self._map(int(shard))[rows[here, 1]]
+        pixels = np.stack([self._map(shard)[row] for shard, row in rows.tolist()])
         for i in np.flatnonzero(~self._verified[indices]):
             shard = self._shards[rows[i, 0]]
             if zlib.crc32(pixels[i].tobytes()) != shard.checksums[rows[i, 1]]:
