@@ -1131,10 +1131,6 @@ class Feed:
 
     On CUDA a data set that takes at most half of the free memory is copied there once; otherwise batches are gathered and
     pinned one ahead by a thread and copied while the network computes.
-
-    Args:
-        dataset: the images.
-        device: where batches are wanted.
     """
 
     def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
@@ -1159,6 +1155,11 @@ class Feed:
     def _gather(self, indices: np.ndarray) -> Tensor:
         images = self.dataset.batch(indices)
         return images.pin_memory() if self.device.type == "cuda" else images
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Scale (…) uint8 to float, 0 to 1."""
+    return images.float() / 255
 
 
 def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor:
@@ -1196,16 +1197,10 @@ def augment(images: Tensor, drawn: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std.
+    """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std."""
 
-    Attributes:
-        kind: imagenet, dataset, image (each image by its own mean and deviation) or given.
-        mean: of each channel, 0 to 1; not used by `image`.
-        std: of each channel.
-    """
-
-    kind: str
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision's weights expect
+    kind: str  # imagenet, dataset, given, or image: each image by its own mean and deviation, not by those below
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel; ImageNet's, as torchvision's weights expect
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -1221,22 +1216,27 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
     """Make the normalisation of --normalization; `dataset` measures up to 2,000 training images, evenly spread."""
     if kind in ("imagenet", "image"):
         return Normalization(kind)
-    if kind == "dataset":
-        chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
-        sums = np.zeros(3)
-        for block in np.array_split(chosen, -(-len(chosen) // 64)):
-            pixels = dataset.batch(block).double() / 255
-            sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
-        mean = float(sums[1] / sums[0])  # a numpy number would not load with weights_only=True
-        std = max(math.sqrt(max(sums[2] / sums[0] - mean**2, 0)), 1 / 255)
-    else:
+    if kind != "dataset":
         mean, std = (float(part) for part in kind.split(","))
-    return Normalization("given" if kind != "dataset" else kind, (mean,) * 3, (std,) * 3)
+        return Normalization("given", (mean,) * 3, (std,) * 3)
+    chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
+    sums = np.zeros(3)
+    for block in np.array_split(chosen, -(-len(chosen) // 64)):
+        pixels = dataset.batch(block).double() / 255
+        sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
+    count, total, squares = sums.tolist()  # a numpy number would not load with weights_only=True
+    mean = total / count
+    std = max(math.sqrt(max(squares / count - mean**2, 0)), 1 / 255)
+    return Normalization("dataset", (mean,) * 3, (std,) * 3)
 
 
 # ===== 6 model =======================================================================================================
 
 MAP_STRIDE = 32  # input pixels to a cell of the last feature maps, of either architecture
+STAGES = {  # torchvision's names for what comes before the pooling
+    "densenet169": ("features",),  # arXiv 1608.06993
+    "resnet50": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),  # arXiv 1512.03385
+}
 
 
 class Network(nn.Module):
@@ -1244,9 +1244,6 @@ class Network(nn.Module):
 
     `features` are the rectified maps of the last convolutional stage, `classify` is mean pooling and one linear unit.
     torchvision's DenseNet rectifies them in place inside forward(); here that is a step of its own.
-
-    Args:
-        model: densenet169 (arXiv 1608.06993) or resnet50 (arXiv 1512.03385).
     """
 
     def __init__(self, model: str) -> None:
@@ -1258,8 +1255,7 @@ class Network(nn.Module):
             width = source.classifier.in_features
         else:
             source = torchvision.models.resnet50(zero_init_residual=True)
-            names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-            self.backbone = nn.Sequential(*(getattr(source, name) for name in names))
+            self.backbone = nn.Sequential(*(getattr(source, stage) for stage in STAGES[model]))
             width = source.fc.in_features
         self.head = nn.Linear(width, 1)
 
@@ -1278,12 +1274,7 @@ class Network(nn.Module):
 
 
 def build_network(model: str, weights: str, seed: int) -> Network:
-    """Build a network with its initial weights; the head is always new, unless the file is a checkpoint of ours.
-
-    Args:
-        model: densenet169 or resnet50.
-        weights: imagenet, none, or a file.
-        seed: of random weights.
+    """Build a network with the weights of --weights; the head is always new, unless the file is a checkpoint of ours.
 
     Raises:
         UserError: the weights cannot be had, or do not fit.
@@ -1309,10 +1300,7 @@ def imagenet_state(model: str) -> dict[str, Any]:
     Raises:
         UserError: no network; the message says which file to put where.
     """
-    source = {
-        "densenet169": torchvision.models.DenseNet169_Weights.IMAGENET1K_V1,
-        "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-    }[model]
+    source = torchvision.models.get_model_weights(model).IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
     try:
         state: dict[str, Any] = source.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
@@ -1331,19 +1319,18 @@ def load_torchvision(network: Network, state: dict[str, Any], name: str) -> None
     Raises:
         UserError: it is of another architecture, or incomplete.
     """
-    if network.model == "densenet169":
-        dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in files from before torch 0.4
-        found = {dotted.sub(r"\1\2", key).replace("features.", "0.", 1): value for key, value in state.items()}
-    else:
-        order = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}  # places in the Sequential
-        found = {f"{order.get(key.partition('.')[0])}.{key.partition('.')[2]}": value for key, value in state.items()}
-    wanted = network.backbone.state_dict()
-    missing = [key for key, value in wanted.items() if not hasattr(found.get(key), "shape") or found[key].shape != value.shape]
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in files from before torch 0.4 ...
+    given = {dotted.sub(r"\1\2", key): value for key, value in state.items()}
+    wanted, found = network.backbone.state_dict(), {}
+    for key, value in wanted.items():
+        place, _, rest = key.partition(".")
+        optional = value if rest.endswith("num_batches_tracked") else None  # ... which count no batches
+        found[key] = given.get(f"{STAGES[network.model][int(place)]}.{rest}", optional)
+    missing = [key for key, value in wanted.items() if getattr(found[key], "shape", None) != value.shape]
     if missing:
         raise UserError(f"{name}: does not fit {network.model} ({len(missing)} of {len(wanted)} tensors are missing or of "
                         f"another shape); give weights of torchvision's {network.model}, or another --model")
-    network.backbone.load_state_dict({key: found.get(key, value) for key, value in wanted.items()})
+    network.backbone.load_state_dict(found)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -1364,17 +1351,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the network is computed on a device.
-
-    Attributes:
-        device: where.
-        bf16: autocast to bfloat16; convolutions and products only, the loss stays in fp32.
-        channels_last: NHWC memory order.
-    """
+    """How the network is computed on a device."""
 
     device: torch.device
-    bf16: bool
-    channels_last: bool
+    bf16: bool  # autocast to bfloat16: convolutions and products only, the loss stays in fp32
+    channels_last: bool  # NHWC memory order
 
     def prepare(self, network: Network) -> Network:
         """Move a network to the device, in the memory order of choice."""
@@ -1431,11 +1412,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
             libc.mallopt(parameter, value)
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Scale (…) uint8 to float, 0 to 1."""
-    return images.float() / 255
 
 
 # ===== 7 metrics =====================================================================================================
