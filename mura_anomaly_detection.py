@@ -50,12 +50,7 @@ HEATMAP_ENDING = "_heatmap.png"  # of the figure that --predict saves unasked
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its text is the one line that is printed.
-
-    Args:
-        message: names the file or flag and the remedy.
-        exit_code: EXIT_USAGE for wrong use, EXIT_FAILED for a run that broke.
-    """
+    """A failure that the user can mend; its text is the one line that is printed: the file or flag, and the remedy."""
 
     def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
         super().__init__(message)
@@ -314,7 +309,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -559,18 +554,15 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     a kind or more, each side gets one.
 
     Raises:
-        UserError: a side would be empty.
+        UserError: there are too few patients of either kind.
     """
-    abnormal: dict[str, bool] = defaultdict(bool)
-    for view in views:
-        abnormal[view.patient] |= bool(view.label)
+    everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
     val: set[str] = set()
-    for stratum in (True, False):
-        names = [name for name, value in abnormal.items() if value is stratum]
-        names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        val.update(names[:-1][: max(1, round(share * len(names)))])
-    if not val or len(val) == len(abnormal):
-        raise UserError(f"--val-split {share:g}: {len(abnormal)} patients cannot be split; use more patients or another share")
+    for kind in (abnormal, everyone - abnormal):
+        names = sorted(kind, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+        val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
+    if not val:
+        raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
     return [view for view in views if view.patient not in val], [view for view in views if view.patient in val]
 
 
@@ -1043,7 +1035,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __init__(self, decoded: Decoded, choice: Sequence[View] | None = None) -> None:
         place = {view.name: i for i, view in enumerate(decoded.views)}
-        self.views = tuple(decoded.views if choice is None else (view for view in choice if view.name in place))
+        self.views = tuple(view for view in (decoded.views if choice is None else choice) if view.name in place)
         self.labels = np.array([view.label for view in self.views], dtype=np.int64)
         self._shards = decoded.shards
         self._rows = decoded.rows[[place[view.name] for view in self.views]]
@@ -1087,11 +1079,11 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
+            file = self._shards[shard].file
             try:
-                self._maps[shard] = np.load(self._shards[shard].file, mmap_mode="r")
+                self._maps[shard] = np.load(file, mmap_mode="r")
             except OSError as error:
-                reason = "cannot be opened any more; run again, which decodes anew"
-                raise UserError(f"{self._shards[shard].file}: {reason}", EXIT_FAILED) from error
+                raise UserError(f"{file}: cannot be opened any more; run again, which decodes anew", EXIT_FAILED) from error
         return self._maps[shard]
 
 
@@ -1137,9 +1129,9 @@ class Feed:
         self.dataset, self.device = dataset, device
         self.resident: Tensor | None = None
         if device.type == "cuda" and len(dataset):
-            needed = len(dataset) * dataset.batch(np.array([0])).numel()
-            if needed <= torch.cuda.mem_get_info(device)[0] // 2:
-                self.resident = torch.empty(len(dataset), *dataset[0][0].shape, dtype=torch.uint8, device=device)
+            image, _ = dataset[0]
+            if len(dataset) * image.numel() <= torch.cuda.mem_get_info(device)[0] // 2:
+                self.resident = torch.empty(len(dataset), *image.shape, dtype=torch.uint8, device=device)
                 for block in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
                     self.resident[block[0] : block[-1] + 1] = dataset.batch(block).to(device)
 
@@ -1167,13 +1159,11 @@ def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor
 
     The draw follows from seed, epoch and batch alone, so that a resumed run repeats it.
     """
-    uniform = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4))
-    drawn = np.empty((count, 4), dtype=np.float32)
-    drawn[:, 0] = np.where(uniform[:, 0] < config.flip, -1, 1)
-    drawn[:, 1] = np.deg2rad(config.rotation) * (2 * uniform[:, 1] - 1)
-    drawn[:, 2] = config.brightness * (2 * uniform[:, 2] - 1)
-    drawn[:, 3] = 1 + config.contrast * (2 * uniform[:, 3] - 1)
-    return torch.from_numpy(drawn)
+    flip, *rest = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4)).T
+    turn, shift, change = (2 * uniform - 1 for uniform in rest)
+    columns = (np.where(flip < config.flip, -1, 1), np.deg2rad(config.rotation) * turn, config.brightness * shift,
+               1 + config.contrast * change)
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
 def augment(images: Tensor, drawn: Tensor) -> Tensor:
