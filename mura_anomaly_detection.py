@@ -671,10 +671,9 @@ def _decode_picture(data: bytes) -> np.ndarray:
 
 
 def _load_png(image: Image.Image, data: bytes) -> None:
-    """Decode with the two checks that Pillow omits: the checksums of the pixel data, and that every row is there."""
+    """Decode with the two checks that loading omits: the checksums, and that every row is there."""
     try:
-        with contextlib.suppress(OSError):  # cut short: where that costs pixels, `load` fails
-            _open_picture(data).verify()
+        _open_picture(data).verify()
     except SyntaxError as error:
         raise BadImage("damaged or cut short: a checksum is wrong") from error
     bands = len(image.getbands())
