@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import math
 import re
 import signal
@@ -49,12 +50,7 @@ HEATMAP_ENDING = "_heatmap.png"  # of the figure that --predict saves unasked
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its text is the one line that is printed.
-
-    Args:
-        message: names the file or flag and the remedy.
-        exit_code: EXIT_USAGE for wrong use, EXIT_FAILED for a run that broke.
-    """
+    """A failure that the user can mend; its text is the one line that is printed: the file or flag, and the remedy."""
 
     def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
         super().__init__(message)
@@ -247,32 +243,28 @@ def build_parser() -> Parser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100),
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for item in fields(Config):
-        title, shown = item.metadata["group"], item.default
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        text = item.metadata["help"]
-        if not any(shown is silent for silent in (None, False, ())):
-            text += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
-        flag = "--" + item.name.replace("_", "-")
-        groups[title].add_argument(flag, default=shown, help=text, **item.metadata["argparse"])
+    for title, items in itertools.groupby(fields(Config), lambda item: item.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for item in items:
+            shown, text = item.default, item.metadata["help"]
+            if not any(shown is silent for silent in (None, False, ())):
+                text += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
+            group.add_argument("--" + item.name.replace("_", "-"), default=shown, help=text, **item.metadata["argparse"])
     return parser
 
 
 def parse_options(arguments: Sequence[str]) -> Config:
     """Turn command-line arguments into a Config; wrong use prints one line and exits with EXIT_USAGE."""
     parser = build_parser()
-    values = vars(parser.parse_args(arguments))
-    if values["demo"]:
-        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(values["demo"] / "demo.pth",))
-    if values["recipe"] == "paper":
+    given = parser.parse_args(arguments)
+    if given.demo:
+        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(given.demo / "demo.pth",))
+    if given.recipe == "paper":
         parser.set_defaults(**PAPER_RECIPE)
-    values = vars(parser.parse_args(arguments))
-    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = vars(parser.parse_args(arguments)).items()
+    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
     config = Config(**chosen)
-    problem = usage_problem(config)
-    if problem:
+    if problem := usage_problem(config):
         parser.error(problem)
     return config
 
@@ -311,7 +303,6 @@ import csv
 import ctypes
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -323,7 +314,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -384,21 +375,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".we
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One image of the set.
-
-    Attributes:
-        path: the file.
-        part: body part, such as XR_ELBOW.
-        patient: such as patient00011; the same name in two body parts is taken for one patient.
-        study: such as XR_ELBOW/patient00011/study1_negative.
-        label: 0 normal, 1 abnormal.
-    """
+    """One image of the set."""
 
     path: Path
-    part: str
-    patient: str
-    study: str
-    label: int
+    part: str  # XR_ELBOW, ...
+    patient: str  # patient00011, ...: the same name in two body parts is taken for one patient
+    study: str  # XR_ELBOW/patient00011/study1_negative, ...
+    label: int  # 0 normal, 1 abnormal
 
     @property
     def name(self) -> str:
@@ -420,11 +403,10 @@ def find_data_root(folder: Path) -> Path:
     raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; --data-dir wants the unpacked MURA-v1.1")
 
 
-def subfolders(folder: Path | str, prefix: str = "") -> list[os.DirEntry[str]]:
-    """List the folders directly below `folder` whose names begin with `prefix`, in order of name; hidden ones left out."""
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the folders directly below `folder`, in natural order; hidden ones are left out."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if entry.name.startswith(prefix) and entry.name[0] != "." and entry.is_dir()]
-    return sorted(found, key=lambda entry: natural_key(entry.name))
+        return sorted((entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()), key=natural_key)
 
 
 @lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
@@ -442,36 +424,36 @@ def image_names(folder: Path | str) -> list[str]:
 
     AppleDouble (._x) and other stray files are left out, and so is what --predict saved beside the images.
     """
-    names = [name for name in os.listdir(folder) if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
-    names = [name for name in names if not name.endswith(HEATMAP_ENDING)]
-    return sorted(names, key=natural_key)
+    names = (name for name in os.listdir(folder) if name[0] != "." and not name.endswith(HEATMAP_ENDING))
+    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
 
 
-def read_list(path: Path, split: str) -> list[list[str]]:
-    """Read one of MURA's CSV lists; each path is cut to what follows `split`/.
+def read_list(path: Path, split: str) -> dict[str, str]:
+    """Read one of MURA's CSV lists: what follows `split`/ in each path, and the label behind it ("" in a list of images).
 
     >>> read_list(Path("no such file"), "train")
-    []
+    {}
 
     Raises:
         UserError: a row is not `.../SPLIT/XR_PART/patient/study/...` (with `,0` or `,1` in a list of studies).
     """
     if not path.is_file():
-        return []
-    width = 2 if "labeled_studies" in path.name else 1
-    rows: list[list[str]] = []
-    try:
-        lines = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return {}
+    endings = (["0"], ["1"]) if "labeled_studies" in path.name else ([],)
+    listed: dict[str, str] = {}
+    try:  # line by line, so that a stray quote does not swallow the lines behind it
+        rows = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); restore it from the MURA archive or delete it") from error
-    for count, row in enumerate(lines, 1):
-        if not any(cell.strip() for cell in row):
+    for count, row in enumerate(rows, 1):
+        if not "".join(row).strip():
             continue
-        pieces = row[0].replace("\\", "/").strip("/ \t").split("/")
-        if len(row) != width or split not in pieces[:-3] or (width == 2 and row[1].strip() not in ("0", "1")):
+        _, found, name = ("/" + row[0].replace("\\", "/").strip("/ \t")).rpartition(f"/{split}/")
+        label = [cell.strip() for cell in row[1:]]
+        if not found or name.count("/") < 2 or label not in endings:
             raise UserError(f"{path}: line {count} is not like MURA's ({','.join(row)[:60]!r}); restore the file or delete it")
-        rows.append(["/".join(pieces[len(pieces) - pieces[::-1].index(split) :]), *row[1:]])
-    return rows
+        listed[name] = "".join(label)
+    return listed
 
 
 def choose_parts(present: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -513,52 +495,44 @@ def index_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Index:
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {root} must hold {split}/XR_*/patient*/study*/image*.png")
-    listed_images = {row[0] for row in read_list(root / f"{split}_image_paths.csv", split)}
-    listed_labels = {row[0]: int(row[1]) for row in read_list(root / f"{split}_labeled_studies.csv", split)}
-    parts = choose_parts([entry.name for entry in subfolders(folder, "XR_")], tasks)
+    listed = read_list(root / f"{split}_image_paths.csv", split)
+    labels = read_list(root / f"{split}_labeled_studies.csv", split)
+    parts = choose_parts([name for name in subfolders(folder) if name.startswith("XR_")], tasks)
     views: list[View] = []
     unlisted = unlabelled = conflicts = 0
     for part, patient, study in walk_studies(folder, parts):
         key = f"{part}/{patient}/{study}"
-        label, named = study_label(study, listed_labels.get(key))
-        unlabelled += label is None
-        conflicts += label is not None and named is not None and label != named
+        named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower())
+        label = labels.get(key, named)
+        if label is None:
+            unlabelled += 1
+            continue
+        conflicts += named not in (None, label)
         place = folder / key
-        for name in image_names(place) if label is not None else ():
-            if listed_images and f"{key}/{name}" not in listed_images:
-                unlisted += 1
-            else:
-                views.append(View(place / name, part, patient, key, int(label or 0)))
-    wanted = {name for name in listed_images if name.partition("/")[0] in parts}
-    absent = sorted(wanted - {view.name for view in views})
-    notes = [
-        (unlisted, f"{unlisted} images are not in {split}_image_paths.csv and are left out"),
-        (unlabelled, f"{unlabelled} studies have no label (no _positive or _negative, not in the list) and are left out"),
-        (conflicts, f"{conflicts} studies are named otherwise than {split}_labeled_studies.csv says; the list counts"),
-        (len(absent), f"{len(absent)} images of {split}_image_paths.csv are missing, such as {(absent or [''])[0]}"),
-    ]
+        found = [View(place / name, part, patient, key, int(label)) for name in image_names(place)]
+        kept = [view for view in found if not listed or view.name in listed]
+        unlisted += len(found) - len(kept)
+        views += kept
+    absent = sorted({name for name in listed if name.partition("/")[0] in parts} - {view.name for view in views})
+    counts = {
+        f"{unlisted} images are not in {split}_image_paths.csv and are left out": unlisted,
+        f"{unlabelled} studies have no label (no _positive or _negative, not in the list) and are left out": unlabelled,
+        f"{conflicts} studies are named otherwise than {split}_labeled_studies.csv says; the list counts": conflicts,
+        f"{len(absent)} images of {split}_image_paths.csv are missing, such as {''.join(absent[:1])}": len(absent),
+    }
+    notes = [text for text, count in counts.items() if count]
     if not views:
-        found = "; ".join(text for count, text in notes if count) or "expected XR_*/patient*/study*_*/image*.png"
-        raise UserError(f"{folder}: no images found; {found}")
-    return Index(split, tuple(views), tuple(f"{folder}: {text}" for count, text in notes if count))
+        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
+        raise UserError(f"{folder}: no images found; {reason}")
+    return Index(split, tuple(views), tuple(f"{folder}: {text}" for text in notes))
 
 
 def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Yield (part, patient, study) folder names below `folder`, in natural order."""
     for part in parts:
         for patient in subfolders(folder / part):
-            for study in subfolders(patient.path):
-                yield part, patient.name, study.name
-
-
-def study_label(study: str, listed: int | None) -> tuple[int | None, int | None]:
-    """Give (label that counts, label in the name) of a study folder; None where there is none.
-
-    >>> study_label("study1_positive", None), study_label("study1_positive", 0), study_label("study1", None)
-    ((1, 1), (0, 1), (None, None))
-    """
-    named = {"positive": 1, "negative": 0}.get(study.rpartition("_")[2].lower())
-    return (named if listed is None else listed), named
+            for study in subfolders(folder / part / patient):
+                yield part, patient, study
 
 
 def describe(name: str, views: Sequence[View]) -> str:
@@ -585,18 +559,15 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     a kind or more, each side gets one.
 
     Raises:
-        UserError: a side would be empty.
+        UserError: there are too few patients of either kind.
     """
-    abnormal: dict[str, bool] = defaultdict(bool)
-    for view in views:
-        abnormal[view.patient] |= bool(view.label)
+    everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
     val: set[str] = set()
-    for stratum in (True, False):
-        names = [name for name, value in abnormal.items() if value is stratum]
-        names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-        val.update(names[: max(0, min(max(1, round(share * len(names))), len(names) - 1))])
-    if not val or len(val) == len(abnormal):
-        raise UserError(f"--val-split {share:g}: {len(abnormal)} patients cannot be split; use more patients or another share")
+    for kind in (abnormal, everyone - abnormal):
+        names = sorted(kind, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+        val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
+    if not val:
+        raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
     return [view for view in views if view.patient not in val], [view for view in views if view.patient in val]
 
 
@@ -608,15 +579,12 @@ def class_weights(views: Sequence[View]) -> dict[str, tuple[float, float]]:
     Raises:
         UserError: the images are all of one class.
     """
-    counts = Counter((view.part, view.label) for view in views)
     for label, name in enumerate(CLASSES):
-        if not any(counts[part, label] for part in {view.part for view in views}):
+        if label not in {view.label for view in views}:
             raise UserError(f"the training images hold none that is {name}; training needs both classes")
-    weights = {}
-    for part in sorted({view.part for view in views}):
-        total = counts[part, 0] + counts[part, 1]
-        weights[part] = (counts[part, 1] / total, counts[part, 0] / total)
-    return weights
+    totals = Counter(view.part for view in views)
+    counts = Counter((view.part, view.label) for view in views)
+    return {part: (counts[part, 1] / total, counts[part, 0] / total) for part, total in totals.items()}
 
 
 # ===== 4 decoding, cache, MuraDataset ================================================================================
@@ -682,7 +650,7 @@ def _open_picture(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known kind, or its header is damaged") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels") from error
     # MPO is a camera's JPEG with previews of the same picture behind it
     _check_size(*image.size, frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1))
@@ -708,14 +676,11 @@ def _decode_picture(data: bytes) -> np.ndarray:
 
 
 def _load_png(image: Image.Image, data: bytes) -> None:
-    """Decode with the two checks that Pillow omits: the checksums of the pixel data, and that every row is there."""
-    start, view = 8, memoryview(data)
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(view[start : start + 4])
-        checksum = int.from_bytes(view[end : end + 4])
-        if data[start + 4 : start + 8] == b"IDAT" and zlib.crc32(view[start + 4 : end]) != checksum:
-            raise BadImage("damaged or cut short: a checksum is wrong")
-        start = end + 4
+    """Decode with the two checks that loading omits: the checksums, and that every row is there."""
+    try:
+        _open_picture(data).verify()
+    except SyntaxError as error:
+        raise BadImage("damaged or cut short: a checksum is wrong") from error
     bands = len(image.getbands())
     image.im = Image.new(image.mode, image.size, (1,) * bands if bands > 1 else 1).im  # missing rows stay 1, not 0
     image.load()
@@ -809,8 +774,9 @@ def _to_display(values: np.ndarray, header: Dataset) -> np.ndarray:
         if header.get("VOILUTFunction") == "SIGMOID":
             grey = _scale(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
         else:
-            shift = header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1  # LINEAR: C.11.2.1.2.1
-            grey = _scale(values, *(centre - shift / 2 + side * (width - shift) / 2 for side in (-1, 1)))
+            if header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1:
+                centre, width = centre - 0.5, width - 1  # LINEAR: C.11.2.1.2.1
+            grey = _scale(values, centre - width / 2, centre + width / 2)
     # no window, or one that misses every pixel: the extremes become black and white
     return grey if np.ptp(grey) else _scale(values, float(values.min()), float(values.max()))
 
@@ -877,68 +843,61 @@ def _mean_chroma(path: Path) -> float:
         small = image.convert("RGBA").resize((256, 256), Image.Resampling.NEAREST)
     except Exception:  # DICOM, where colour is refused already
         return 0.0
-    red, green, blue, alpha = (np.asarray(band, np.float32) for band in small.split())
-    return float(np.mean(np.ptp([red, green, blue], axis=0) * alpha / 255))
+    pixels = np.asarray(small, np.float32)
+    return float(np.mean(np.ptp(pixels[..., :3], axis=2) * pixels[..., 3] / 255))
 
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
-PREPROCESSING_VERSION = 1  # raise it when decoding or resizing changes: caches made before are then not used
+PREPROCESSING_VERSION = 2  # raise it when decoding, resizing or shards change: caches made before are then not used
 BAD_SHARE = 0.01  # of all images: more unreadable ones than this stop a run, unless it was told to skip them
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The decoded images of one body part of one split: FILE.npy, an array (n, S, S) uint8, and FILE.json beside it.
+    """The decoded images of one body part of one split: FILE.npy, an array (n, S, S) uint8, and FILE.json beside it."""
 
-    Attributes:
-        file: the .npy file.
-        checksums: (n,) crc32 of each image's bytes.
-        names: which images these are, in the order of the rows.
-        bad: name -> why, of the images that could not be decoded; they have no row.
-    """
-
-    file: Path
-    checksums: np.ndarray
-    names: tuple[str, ...]
-    bad: dict[str, str]
-
-
-def image_key(view: View) -> str:
-    """Say what identifies an image's content on disk: name, size in bytes, time of change; `absent` where it is not there."""
-    try:
-        status = view.path.stat()
-    except OSError:
-        return f"{view.name}|absent"
-    return f"{view.name}|{status.st_size}|{status.st_mtime_ns}"
+    file: Path  # the .npy
+    names: list[str]  # which images these are, in the order of the rows
+    checksums: np.ndarray  # (n,) crc32 of each row
+    bad: dict[str, str]  # name -> why, of the images that could not be decoded; their rows are black
 
 
 def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path:
-    """Name the cache file of some images; the name holds a digest of all that decides its content."""
+    """Name the cache file of some images after all that decides its content: preprocessing, names, sizes, times of change."""
     digest = hashlib.sha256(f"{PREPROCESSING_VERSION}|{size}|{fit}".encode())
     for view in views:
-        digest.update(image_key(view).encode() + b"\n")
+        state = "absent"
+        with contextlib.suppress(OSError):
+            status = view.path.stat()
+            state = f"{status.st_size}|{status.st_mtime_ns}"
+        digest.update(f"{view.name}|{state}\n".encode())
     return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
+
+
+def array_header(count: int, size: int) -> bytes:
+    """Make the .npy header of a (count, size, size) uint8 array."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
+    return header.getvalue()
+
+
+def json_digest(content: object) -> str:
+    """Compute the sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def open_shard(file: Path, size: int) -> Shard | None:
     """Open a shard that is there already; None where it is absent, incomplete or damaged other than in its pixels."""
     try:
-        described = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        body = json.dumps(described["body"], sort_keys=True)
-        if described["sha256"] != hashlib.sha256(body.encode()).hexdigest():
-            return None
-        kept = described["body"]
+        kept = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        sound = kept.pop("sha256") == json_digest(kept)
         header = array_header(len(kept["names"]), size)
         with file.open("rb") as array:
-            whole = (
-                array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
-            )
-    except (OSError, ValueError, KeyError, TypeError):
+            whole = array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not whole:
-        return None
-    return Shard(file, np.array(kept["crc32"], dtype=np.uint32), tuple(kept["names"]), kept["bad"])
+    return Shard(file, kept["names"], np.array(kept["crc32"], np.uint32), kept["bad"]) if sound and whole else None
 
 
 def decode_square(path: Path, size: int, fit: str) -> np.ndarray | str:
@@ -964,42 +923,30 @@ def map_ahead(function: Callable[[Item], Done], items: Iterable[Item], workers: 
             pool.shutdown(cancel_futures=True)
 
 
-def build_shard(file: Path, views: Sequence[View], size: int, fit: str, workers: int, bar: Any, stop: StopSignals) -> Shard:
+def build_shard(file: Path, views: Sequence[View], size: int, config: Config, bar: Any, stop: StopSignals) -> Shard:
     """Decode images into a new shard.
 
     Raises:
         UserError: the cache folder is full or cannot be written.
     """
-    names: list[str] = []
+    names, workers = [view.name for view in views], config.workers or core_count()
     checksums: list[int] = []
     bad: dict[str, str] = {}
-    squares = map_ahead(lambda view: decode_square(view.path, size, fit), views, workers, 8 * workers)
+    squares = map_ahead(lambda view: decode_square(view.path, size, config.fit), views, workers, 8 * workers)
     with atomic_write(file) as out:
-        out.write(array_header(0, size))  # reserves the space; the count is known at the end
-        for view, decoded in zip(views, squares, strict=True):
-            if isinstance(decoded, str):
-                bad[view.name] = decoded
-            else:
-                names.append(view.name)
-                content = decoded.tobytes()
-                checksums.append(zlib.crc32(content))
-                out.write(content)
+        out.write(array_header(len(names), size))
+        for name, square in zip(names, squares, strict=True):
+            if isinstance(square, str):
+                bad[name] = square
+            content = bytes(size**2) if isinstance(square, str) else square.tobytes()
+            checksums.append(zlib.crc32(content))
+            out.write(content)
             bar.update()
             stop.check()
-        out.seek(0)
-        out.write(array_header(len(names), size))
-    body = {"names": names, "crc32": checksums, "bad": bad}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    kept = {"names": names, "crc32": checksums, "bad": bad}
     with atomic_write(file.with_suffix(".json")) as out:
-        out.write(json.dumps({"sha256": digest, "body": body}).encode())
-    return Shard(file, np.array(checksums, dtype=np.uint32), tuple(names), bad)
-
-
-def array_header(count: int, size: int) -> bytes:
-    """Make the .npy header of a (count, size, size) uint8 array; numpy pads it so that its length is the same for any count."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
-    return header.getvalue()
+        out.write(json.dumps({**kept, "sha256": json_digest(kept)}).encode())
+    return Shard(file, names, np.array(checksums, np.uint32), bad)
 
 
 def cache_folder(config: Config, root: Path) -> Path:
@@ -1035,27 +982,24 @@ def open_cache(
     """
     folder = cache_folder(config, root)
     shards: list[Shard] = []
-    by_part: dict[str, list[View]] = defaultdict(list)
-    for view in views:
-        by_part[view.part].append(view)
     with progress_bar(total=len(views), desc="decode", unit="image") as bar:
-        for part in sorted(by_part):
-            rows = by_part[part]
-            file = shard_file(folder, rows, size, config.fit)
+        for part in sorted({view.part for view in views}):
+            chosen = [view for view in views if view.part == part]
+            file = shard_file(folder, chosen, size, config.fit)
             shard = open_shard(file, size)
-            bad = [view.path for view in rows if view.name in shard.bad] if shard and shard.bad else []
-            if any(not isinstance(decode_square(path, 32, config.fit), str) for path in bad):
+            bad = [view for view in chosen if shard and view.name in shard.bad]
+            if not all(isinstance(decode_square(view.path, 32, config.fit), str) for view in bad):
                 shard = None
             if shard:
-                bar.update(len(rows))
+                bar.update(len(chosen))
             elif not build:
                 raise UserError(f"{file}: was not written by the first process", EXIT_FAILED)
-            shards.append(shard or build_shard(file, rows, size, config.fit, config.workers or core_count(), bar, stop))
+            shards.append(shard or build_shard(file, chosen, size, config, bar, stop))
+    unread = {name: why for shard in shards for name, why in shard.bad.items()}
     place = {name: (i, row) for i, shard in enumerate(shards) for row, name in enumerate(shard.names)}
-    placed = [(view, place.get(view.name)) for view in views]
-    good = tuple(view for view, row in placed if row)
-    rows_of = np.array([row for _, row in placed if row], dtype=np.int64).reshape(-1, 2)
-    return Decoded(good, tuple(shards), rows_of, {name: why for shard in shards for name, why in shard.bad.items()})
+    good = tuple(view for view in views if view.name not in unread)
+    rows = np.array([place[view.name] for view in good], np.int64).reshape(-1, 2)
+    return Decoded(good, tuple(shards), rows, unread)
 
 
 def check_bad_images(decoded: Decoded, folder: Path, config: Config) -> None:
@@ -1095,7 +1039,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __init__(self, decoded: Decoded, choice: Sequence[View] | None = None) -> None:
         place = {view.name: i for i, view in enumerate(decoded.views)}
-        self.views = tuple(decoded.views if choice is None else (view for view in choice if view.name in place))
+        self.views = tuple(view for view in (decoded.views if choice is None else choice) if view.name in place)
         self.labels = np.array([view.label for view in self.views], dtype=np.int64)
         self._shards = decoded.shards
         self._rows = decoded.rows[[place[view.name] for view in self.views]]
@@ -1128,11 +1072,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
             UserError: an image in the cache is damaged.
         """
         rows = self._rows[indices]
-        first = self._map(int(rows[0, 0])) if len(rows) else self._map(0)
-        pixels = np.empty((len(rows), *first.shape[1:]), dtype=np.uint8)
-        for shard in np.unique(rows[:, 0]):
-            here = rows[:, 0] == shard
-            pixels[here] = self._map(int(shard))[rows[here, 1]]
+        pixels = np.stack([self._map(shard)[row] for shard, row in rows.tolist()])
         for i in np.flatnonzero(~self._verified[indices]):
             shard = self._shards[rows[i, 0]]
             if zlib.crc32(pixels[i].tobytes()) != shard.checksums[rows[i, 1]]:
@@ -1143,11 +1083,11 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
+            file = self._shards[shard].file
             try:
-                self._maps[shard] = np.load(self._shards[shard].file, mmap_mode="r")
+                self._maps[shard] = np.load(file, mmap_mode="r")
             except OSError as error:
-                reason = "cannot be opened any more; run again, which decodes anew"
-                raise UserError(f"{self._shards[shard].file}: {reason}", EXIT_FAILED) from error
+                raise UserError(f"{file}: cannot be opened any more; run again, which decodes anew", EXIT_FAILED) from error
         return self._maps[shard]
 
 
@@ -1187,19 +1127,15 @@ class Feed:
 
     On CUDA a data set that takes at most half of the free memory is copied there once; otherwise batches are gathered and
     pinned one ahead by a thread and copied while the network computes.
-
-    Args:
-        dataset: the images.
-        device: where batches are wanted.
     """
 
     def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
         self.resident: Tensor | None = None
         if device.type == "cuda" and len(dataset):
-            needed = len(dataset) * dataset.batch(np.array([0])).numel()
-            if needed <= torch.cuda.mem_get_info(device)[0] // 2:
-                self.resident = torch.empty(len(dataset), *dataset[0][0].shape, dtype=torch.uint8, device=device)
+            image, _ = dataset[0]
+            if len(dataset) * image.numel() <= torch.cuda.mem_get_info(device)[0] // 2:
+                self.resident = torch.empty(len(dataset), *image.shape, dtype=torch.uint8, device=device)
                 for block in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
                     self.resident[block[0] : block[-1] + 1] = dataset.batch(block).to(device)
 
@@ -1217,18 +1153,21 @@ class Feed:
         return images.pin_memory() if self.device.type == "cuda" else images
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """Scale (…) uint8 to float, 0 to 1."""
+    return images.float() / 255
+
+
 def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor:
     """Draw how each image is varied, (count, 4): mirrored (-1 or 1), angle in radians, brightness shift, contrast factor.
 
     The draw follows from seed, epoch and batch alone, so that a resumed run repeats it.
     """
-    uniform = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4))
-    drawn = np.empty((count, 4), dtype=np.float32)
-    drawn[:, 0] = np.where(uniform[:, 0] < config.flip, -1, 1)
-    drawn[:, 1] = np.deg2rad(config.rotation) * (2 * uniform[:, 1] - 1)
-    drawn[:, 2] = config.brightness * (2 * uniform[:, 2] - 1)
-    drawn[:, 3] = 1 + config.contrast * (2 * uniform[:, 3] - 1)
-    return torch.from_numpy(drawn)
+    flip, *rest = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4)).T
+    turn, shift, change = (2 * uniform - 1 for uniform in rest)
+    columns = (np.where(flip < config.flip, -1, 1), np.deg2rad(config.rotation) * turn, config.brightness * shift,
+               1 + config.contrast * change)
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
 def augment(images: Tensor, drawn: Tensor) -> Tensor:
@@ -1252,16 +1191,10 @@ def augment(images: Tensor, drawn: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std.
+    """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std."""
 
-    Attributes:
-        kind: imagenet, dataset, image (each image by its own mean and deviation) or given.
-        mean: of each channel, 0 to 1; not used by `image`.
-        std: of each channel.
-    """
-
-    kind: str
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision's weights expect
+    kind: str  # imagenet, dataset, given, or image: each image by its own mean and deviation, not by those below
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel; ImageNet's, as torchvision's weights expect
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -1277,22 +1210,27 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
     """Make the normalisation of --normalization; `dataset` measures up to 2,000 training images, evenly spread."""
     if kind in ("imagenet", "image"):
         return Normalization(kind)
-    if kind == "dataset":
-        chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
-        sums = np.zeros(3)
-        for block in np.array_split(chosen, -(-len(chosen) // 64)):
-            pixels = dataset.batch(block).double() / 255
-            sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
-        mean = float(sums[1] / sums[0])  # a numpy number would not load with weights_only=True
-        std = max(math.sqrt(max(sums[2] / sums[0] - mean**2, 0)), 1 / 255)
-    else:
+    if kind != "dataset":
         mean, std = (float(part) for part in kind.split(","))
-    return Normalization("given" if kind != "dataset" else kind, (mean,) * 3, (std,) * 3)
+        return Normalization("given", (mean,) * 3, (std,) * 3)
+    chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
+    sums = np.zeros(3)
+    for block in np.array_split(chosen, -(-len(chosen) // 64)):
+        pixels = dataset.batch(block).double() / 255
+        sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
+    count, total, squares = sums.tolist()  # a numpy number would not load with weights_only=True
+    mean = total / count
+    std = max(math.sqrt(max(squares / count - mean**2, 0)), 1 / 255)
+    return Normalization("dataset", (mean,) * 3, (std,) * 3)
 
 
 # ===== 6 model =======================================================================================================
 
 MAP_STRIDE = 32  # input pixels to a cell of the last feature maps, of either architecture
+STAGES = {  # torchvision's names for what comes before the pooling
+    "densenet169": ("features",),  # arXiv 1608.06993
+    "resnet50": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),  # arXiv 1512.03385
+}
 
 
 class Network(nn.Module):
@@ -1300,9 +1238,6 @@ class Network(nn.Module):
 
     `features` are the rectified maps of the last convolutional stage, `classify` is mean pooling and one linear unit.
     torchvision's DenseNet rectifies them in place inside forward(); here that is a step of its own.
-
-    Args:
-        model: densenet169 (arXiv 1608.06993) or resnet50 (arXiv 1512.03385).
     """
 
     def __init__(self, model: str) -> None:
@@ -1314,8 +1249,7 @@ class Network(nn.Module):
             width = source.classifier.in_features
         else:
             source = torchvision.models.resnet50(zero_init_residual=True)
-            names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-            self.backbone = nn.Sequential(*(getattr(source, name) for name in names))
+            self.backbone = nn.Sequential(*(getattr(source, stage) for stage in STAGES[model]))
             width = source.fc.in_features
         self.head = nn.Linear(width, 1)
 
@@ -1334,12 +1268,7 @@ class Network(nn.Module):
 
 
 def build_network(model: str, weights: str, seed: int) -> Network:
-    """Build a network with its initial weights; the head is always new, unless the file is a checkpoint of ours.
-
-    Args:
-        model: densenet169 or resnet50.
-        weights: imagenet, none, or a file.
-        seed: of random weights.
+    """Build a network with the weights of --weights; the head is always new, unless the file is a checkpoint of ours.
 
     Raises:
         UserError: the weights cannot be had, or do not fit.
@@ -1365,10 +1294,7 @@ def imagenet_state(model: str) -> dict[str, Any]:
     Raises:
         UserError: no network; the message says which file to put where.
     """
-    source = {
-        "densenet169": torchvision.models.DenseNet169_Weights.IMAGENET1K_V1,
-        "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-    }[model]
+    source = torchvision.models.get_model_weights(model).IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
     try:
         state: dict[str, Any] = source.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
@@ -1387,19 +1313,18 @@ def load_torchvision(network: Network, state: dict[str, Any], name: str) -> None
     Raises:
         UserError: it is of another architecture, or incomplete.
     """
-    if network.model == "densenet169":
-        dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in files from before torch 0.4
-        found = {dotted.sub(r"\1\2", key).replace("features.", "0.", 1): value for key, value in state.items()}
-    else:
-        order = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}  # places in the Sequential
-        found = {f"{order.get(key.partition('.')[0])}.{key.partition('.')[2]}": value for key, value in state.items()}
-    wanted = network.backbone.state_dict()
-    missing = [key for key, value in wanted.items() if not hasattr(found.get(key), "shape") or found[key].shape != value.shape]
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in files from before torch 0.4 ...
+    given = {dotted.sub(r"\1\2", key): value for key, value in state.items()}
+    wanted, found = network.backbone.state_dict(), {}
+    for key, value in wanted.items():
+        place, _, rest = key.partition(".")
+        optional = value if rest.endswith("num_batches_tracked") else None  # ... which count no batches
+        found[key] = given.get(f"{STAGES[network.model][int(place)]}.{rest}", optional)
+    missing = [key for key, value in wanted.items() if getattr(found[key], "shape", None) != value.shape]
     if missing:
         raise UserError(f"{name}: does not fit {network.model} ({len(missing)} of {len(wanted)} tensors are missing or of "
                         f"another shape); give weights of torchvision's {network.model}, or another --model")
-    network.backbone.load_state_dict({key: found.get(key, value) for key, value in wanted.items()})
+    network.backbone.load_state_dict(found)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -1420,17 +1345,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the network is computed on a device.
-
-    Attributes:
-        device: where.
-        bf16: autocast to bfloat16; convolutions and products only, the loss stays in fp32.
-        channels_last: NHWC memory order.
-    """
+    """How the network is computed on a device."""
 
     device: torch.device
-    bf16: bool
-    channels_last: bool
+    bf16: bool  # autocast to bfloat16: convolutions and products only, the loss stays in fp32
+    channels_last: bool  # NHWC memory order
 
     def prepare(self, network: Network) -> Network:
         """Move a network to the device, in the memory order of choice."""
@@ -1487,11 +1406,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
             libc.mallopt(parameter, value)
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Scale (…) uint8 to float, 0 to 1."""
-    return images.float() / 255
 
 
 # ===== 7 metrics =====================================================================================================
