@@ -1532,7 +1532,7 @@ def pool_studies(images: Scored) -> Scored:
     mean = np.bincount(study, images.probability) / np.bincount(study)
     order = np.argsort(first)
     pooled = images.take(first[order])
-    return Scored(tuple(pooled.study.tolist()), pooled.part, pooled.patient, pooled.study, pooled.label, mean[order])
+    return replace(pooled, path=tuple(pooled.study.tolist()), probability=mean[order])
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:
@@ -1550,8 +1550,6 @@ def auroc(label: npt.NDArray[Any], probability: Floats, weight: Floats | None = 
     array([0.875])
     """
     weight = np.ones((1, len(label))) if weight is None else weight
-    if not len(label):
-        return np.full(len(weight), np.nan)
     order = np.argsort(probability, kind="stable")
     ties = np.flatnonzero(np.diff(probability[order], prepend=-np.inf))
     weight, abnormal = weight[:, order], label[order]
@@ -1648,7 +1646,7 @@ def value_and_interval(figure: str, value: float, drawn: Floats, left_out: Float
     """
     defined, patients = drawn[np.isfinite(drawn)], len(np.unique(rows.patient))
     left_out = left_out[np.isfinite(left_out)]
-    if np.isnan(value) or len(defined) < max(1, len(drawn) / 2) or not len(left_out):
+    if np.isnan(value) or len(defined) < len(drawn) / 2 or not len(left_out):
         return {"value": None if np.isnan(value) else value, "low": None, "high": None}
     ends = ece_interval(value, defined) if figure == "ece" else bca_interval(value, defined, left_out, patients)
     low, high = min(value, *ends), max(value, *ends)
@@ -1670,7 +1668,7 @@ def bootstrap(rows: Scored, threshold: float, resamples: int, seed: int) -> dict
     n, random = len(names), np.random.default_rng(seed)
     value = score(rows.label, rows.probability, threshold)
     drawn = left_out = {figure: np.empty(0) for figure in METRICS}
-    if n > 1 and resamples > 0:
+    if n > 1:
         counts = [np.bincount(random.integers(n, size=n), minlength=n).astype(np.int16) for _ in range(resamples)]
         drawn = score_resampled(rows, threshold, patient, np.array(counts))
         group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
