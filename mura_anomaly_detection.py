@@ -2162,17 +2162,17 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place", EXIT_FAILED) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows atomically; None and NaN become empty cells, floats keep 6 significant digits or more."""
+    """Write rows atomically; None and NaN become empty cells, floats come back as they were."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
+        writer.writerow({key: None if value != value else value for key, value in row.items()})
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name may be any bytes
 
@@ -2207,10 +2207,10 @@ def read_tensors(path: Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}); --checkpoint wants the .pth file that training wrote") from error
-    end = len(data) - len(CHECKSUM_MARK) - 64
-    if end < 0 or data[end : end + len(CHECKSUM_MARK)] != CHECKSUM_MARK:
+    archive, mark, checksum = data.rpartition(CHECKSUM_MARK)
+    if not mark or len(checksum) != 64:
         raise UserError(f"{path}: is not a checkpoint of this program, or is truncated; use a file that training wrote")
-    if hashlib.sha256(memoryview(data)[:end]).hexdigest().encode() != data[end + len(CHECKSUM_MARK) :]:
+    if hashlib.sha256(archive).hexdigest().encode() != checksum:
         raise UserError(f"{path}: damaged (its checksum does not match); restore it from a copy, or train again")
     content = load_safely(io.BytesIO(data), path)
     if content.get("format") != PROGRAM or content.get("kind") != kind:
@@ -2239,8 +2239,9 @@ def load_safely(file: IO[bytes], path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, key, type and runtime errors: torch.load names none of them
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        reason = "holds other things than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "holds other things than tensors and plain values"
         raise UserError(f"{path}: cannot be loaded as weights ({reason}); it is damaged, unsafe, or something else") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights by name")
@@ -2278,15 +2279,14 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
-        known = content["model"] in ("densenet169", "resnet50") and content["fit"] in ("stretch", "letterbox")
-        sound = content["image_size"] > 0 < content["temperature"] and 0 <= content["threshold"] <= 1
-        sound = sound and set(content["patients"]) >= {"train", "val"} and len(given["mean"]) == len(given["std"]) == 3
-        if not (known and sound):
+        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients")
+        member = Member(path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in names))
+        known = content["model"] in ("densenet169", "resnet50") and member.fit in ("stretch", "letterbox")
+        in_range = member.image_size > 0 and member.temperature > 0 and 0 <= member.threshold <= 1
+        whole = {"train", "val"} <= set(member.patients) and len(normalization.mean) == len(normalization.std) == 3
+        if not (known and in_range and whole):
             raise TypeError("holds what this version does not know")
-        return Member(
-            path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in (
-                "image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients"))
-        )
+        return member
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         version = content.get("version")
         raise UserError(f"{path}: written by another version of this program ({version}); train again") from error
