@@ -2316,9 +2316,8 @@ def grad_cam(network: Network, images: Tensor) -> tuple[Tensor, Tensor]:
         features.requires_grad_()
         logits = network.classify(features)
         (gradient,) = torch.autograd.grad(logits.sum(), features)
-    weights = gradient.mean((2, 3), keepdim=True)
-    evidence = (weights * features.detach()).sum(1) * features[0, 0].numel()
-    return logits.detach(), evidence
+    weights = gradient.sum((2, 3), keepdim=True)  # h * w times the mean
+    return logits.detach(), (weights * features.detach()).sum(1)
 
 
 def heat_on_image(evidence: Tensor, size: int, fit: str, height: int, width: int) -> np.ndarray:
@@ -2351,11 +2350,11 @@ def draw_history(history: Sequence[dict[str, float | None]], file: IO[bytes]) ->
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     curves = (("loss", ("train_loss", "val_loss")), ("accuracy", ("train_accuracy", "val_accuracy")),
               ("study level", ("val_auroc", "val_kappa")))
-    epochs = [row["epoch"] for row in history]
+    epochs = np.array([row["epoch"] for row in history], float)
     for axes, (title, names) in zip(figure.subplots(1, 3), curves, strict=True):
         for name in names:
-            values = [math.nan if row[name] is None else row[name] for row in history]
-            axes.plot(epochs, values, marker="o", markersize=3, label=name.replace("_", " "))  # type: ignore[arg-type,unused-ignore]
+            values = np.array([row[name] for row in history], float)  # None becomes NaN, a gap
+            axes.plot(epochs, values, marker="o", markersize=3, label=name.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
@@ -2369,25 +2368,23 @@ def draw_explanation(figure: Any, panels: Sequence[Panel], heading: str, heat_la
     Heat is drawn on one scale, 0 to the strongest of these maps but no less than FAINT, so that a faint map stays faint and an
     empty one stays empty; the overlay's opacity follows the same scale.
     """
+    from matplotlib.patches import Rectangle
+
     top = max(FAINT, *(float(panel.heat.max()) for panel in panels))
     # a $ in a file's name is no formula, and a name may be bytes that are no text
     figure.suptitle(heading.encode(errors="replace").decode(), fontsize=11, parse_math=False)
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for row, panel in zip(grid, panels, strict=True):
-        strength = panel.heat / top
         for axes, title in zip(row, (panel.title, "heatmap", "overlay"), strict=True):
             axes.set_title(title.encode(errors="replace").decode(), fontsize=9, parse_math=False)
             axes.set_axis_off()
-        row[0].imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
+        for axes in row[::2]:
+            axes.imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
+            if panel.box:
+                left, upper, right, lower = panel.box
+                axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan"))
         shown = row[1].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top)
-        row[2].imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
-        row[2].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top, alpha=0.65 * strength)
-        if panel.box:
-            from matplotlib.patches import Rectangle
-
-            left, upper, right, lower = panel.box
-            for axes in (row[0], row[2]):
-                axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan", linewidth=1))
+        row[2].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top, alpha=0.65 * panel.heat / top)
     figure.colorbar(shown, ax=grid[:, 1:].ravel().tolist(), label=heat_label, shrink=0.8)
 
 
@@ -2440,15 +2437,8 @@ DECISION, RANKING = METRICS[1:5], ("auroc", "brier", "ece")  # figures that depe
 PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: distinct to the colour-blind
 STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 6.5,
-    "legend.edgecolor": "none",
-    "pdf.fonttype": 42,  # text stays text, in PDF and in SVG
-    "svg.fonttype": "none",
+    "font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "legend.fontsize": 6.5, "legend.edgecolor": "none", "pdf.fonttype": 42, "svg.fonttype": "none",  # text stays text
 }
 
 
@@ -2487,13 +2477,16 @@ def format_table(report: dict[str, Any]) -> str:
         sizes = {"count": "studies" if level == "study" else "images", "positives": "abnormal"}
         lines += [heading, *table_lines(report, level, RANKING, sizes), ""]
         lines += [f"{heading}, abnormal above {threshold}", *table_lines(report, level, DECISION, {}), ""]
-    lines += ["[low,high]: 95 % interval, bootstrap over patients; -: undefined"]
-    return "\n".join(lines + [line for note in report.get("notes", []) for line in textwrap.wrap(note, 100)])
+    lines.append("[low,high]: 95 % interval, bootstrap over patients; -: undefined")
+    for text in report["notes"]:
+        lines += textwrap.wrap(text, 100)
+    return "\n".join(lines)
 
 
-def span(figure: dict[str, Any]) -> list[float]:
-    """Return the ends of a figure's interval, or its value twice where it has none."""
-    return [figure["value"] if figure[end] is None else figure[end] for end in ("low", "high")]
+def error_bars(figures: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
+    """Return values (N,), and how far their intervals reach below and above (2, N); NaN where there is none."""
+    value, low, high = (np.array([figure[key] for figure in figures], float) for key in ("value", "low", "high"))
+    return value, np.array([value - low, high - value])
 
 
 def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
@@ -2504,17 +2497,16 @@ def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
     hits, alarms = (np.append(0, np.cumsum(studies.label[order] == value)[ties]) for value in (1, 0))
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
     if hits[-1] and alarms[-1]:
-        x, y = 1 - found["specificity"]["value"], found["sensitivity"]["value"]
         curve = f"this model: AUROC {format_figure(found['auroc'])}"
         axes.plot(alarms / alarms[-1], hits / hits[-1], color=BLUE, linewidth=1.2, label=curve)
-        axes.plot(1 - np.array(span(found["specificity"])), [y, y], color=BLUE, linewidth=0.8)
-        axes.plot([x, x], span(found["sensitivity"]), color=BLUE, linewidth=0.8)
-        point = f"above {report['threshold']:.3g}: sensitivity {y:.3f}, specificity {1 - x:.3f}"
-        axes.plot(x, y, "o", color=BLUE, markersize=5, label=point)
+        (y, x), reach = error_bars([found["sensitivity"], found["specificity"]])
+        point = f"above {report['threshold']:.3g}: sensitivity {y:.3f}, specificity {x:.3f}"
+        aside = reach[::-1, 1:]  # the other way round, as is 1 - specificity
+        axes.errorbar(1 - x, y, reach[:, :1], aside, fmt="o", color=BLUE, markersize=5, elinewidth=0.8, label=point)
     else:
         axes.text(0.5, 0.3, "no curve: one class only", ha="center", color=GREY)
     paper = f"MURA paper, its hidden test set of 207 studies:\nanother test set (AUROC {PAPER['auroc']})"
-    axes.plot(1 - PAPER["specificity"], PAPER["sensitivity"], "*", color=RED, markersize=9, label=paper)
+    axes.errorbar(1 - PAPER["specificity"], PAPER["sensitivity"], fmt="*", color=RED, markersize=9, label=paper)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="a  ROC", aspect="equal")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="lower right", borderpad=0, borderaxespad=0.2)
@@ -2548,6 +2540,7 @@ def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: S
     axes.text(0, 1, f"ECE {format_figure(report['levels']['study']['ece'])}", va="top", fontsize=7)
     axes.set(ylim=(-0.03, 1.03), ylabel="fraction abnormal", title="c  Reliability")
     axes.tick_params(labelbottom=False)
+    below.sharex(axes)
     bars = below.bar((np.arange(ECE_BINS) + 0.5) / ECE_BINS, counts, width=0.9 / ECE_BINS, color=BLUE)
     below.bar_label(bars, [str(count or "") for count in counts], fontsize=5.5, padding=1)
     below.set(xlabel="probability of abnormal", ylabel="studies", xlim=(-0.02, 1.02), ylim=(0, 1.3 * counts.max()))
@@ -2555,17 +2548,14 @@ def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: S
 
 def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
     """Draw kappa with its intervals, overall and by body part, of studies and of images."""
-    rows = [("overall", report["levels"]), *report["parts"].items()]
+    rows = {"overall": report["levels"], **report["parts"]}
     for level, marker, colour, shift in (("study", "o", BLUE, -0.14), ("image", "s", GREY, 0.14)):
-        axes.plot([], [], marker, color=colour, markersize=4, label=f"{level} level")
-        for place, (_, levels) in enumerate(rows):
-            kappa, y = levels[level]["kappa"], place + shift
-            if kappa["value"] is None:
-                axes.text(0.01, y, "undefined", va="center", color=colour, fontsize=6)
-            else:
-                axes.plot(span(kappa), [y, y], color=colour, linewidth=1)
-                axes.plot(kappa["value"], y, marker, color=colour, markersize=4)
-    names = [f"{shorten(name.removeprefix('XR_').lower(), 16)} ({levels['study']['count']})" for name, levels in rows]
+        kappa, reach = error_bars([levels[level]["kappa"] for levels in rows.values()])
+        y = np.arange(len(rows)) + shift
+        axes.errorbar(kappa, y, xerr=reach, fmt=marker, color=colour, markersize=4, elinewidth=1, label=f"{level} level")
+        for place in y[np.isnan(kappa)]:
+            axes.text(0.01, place, "undefined", va="center", color=colour, fontsize=6)
+    names = [f"{shorten(name.removeprefix('XR_').lower(), 16)} ({levels['study']['count']})" for name, levels in rows.items()]
     axes.set_yticks(range(len(rows)), names)
     axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
     axes.axhline(0.5, color=GREY, linewidth=0.4)
@@ -2577,20 +2567,16 @@ def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
 def draw_report(report: dict[str, Any], images: Scored, target: Path | IO[bytes]) -> None:
     """Draw ROC, confusion matrix, reliability and kappa of the studies to a path, or as PNG to an open binary file."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     studies, found = pool_studies(images), report["levels"]["study"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 7.2), layout="constrained")  # inches: two columns of a journal's page
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(2, 2)
-        lower = grid[1, 0].subgridspec(2, 1, height_ratios=[3, 1])
-        draw_roc(figure.add_subplot(grid[0, 0]), report, studies)
-        draw_confusion(figure.add_subplot(grid[0, 1]), report, studies)
-        reliability = figure.add_subplot(lower[0])
-        draw_reliability(reliability, figure.add_subplot(lower[1], sharex=reliability), report, studies)
-        draw_kappa(figure.add_subplot(grid[1, 1]), report)
+        axes = figure.subplot_mosaic("ab;cd;nd", height_ratios=[4, 3, 1])
+        draw_roc(axes["a"], report, studies)
+        draw_confusion(axes["b"], report, studies)
+        draw_reliability(axes["c"], axes["n"], report, studies)
+        draw_kappa(axes["d"], report)
         sizes = f"{found['count']} studies ({found['positives']} abnormal), patients: {found['patients']}"
         figure.suptitle(f"Study level, {report['split']}: {sizes}", fontsize=9)
         figure.savefig(target, dpi=200)
