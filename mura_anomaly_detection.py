@@ -2418,15 +2418,11 @@ def can_show(config: Config) -> bool:
 
 def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_label: str, *, show: bool) -> None:
     """Save the figure; with `show` also leave it open for pyplot.show()."""
-    shape = (10.5, 0.7 + 3.4 * len(panels))
-    if show:
-        from matplotlib import pyplot
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-        figure: Any = pyplot.figure(figsize=shape, layout="constrained")
-    else:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=shape, layout="constrained")
+    new_figure = pyplot.figure if show else Figure
+    figure: Any = new_figure(figsize=(10.5, 0.7 + 3.4 * len(panels)), layout="constrained")
     draw_explanation(figure, panels, heading, heat_label)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=110)
@@ -2586,8 +2582,8 @@ def draw_report(report: dict[str, Any], images: Scored, target: Path | IO[bytes]
 
 Bone = tuple[float, float, float, float]  # offset across, half-width, start, end along; unit: half the long side
 Field = np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (H, W) a value for each pixel
-LESIONS = ("fracture", "lytic", "hardware")
 VALID_PATIENT = 11185  # first patient number of valid/, as in MURA
+LESION_COLUMNS = ("path", "kind", "left", "top", "right", "bottom")  # of phantoms.csv
 PHANTOM_BONES: dict[str, tuple[Bone, ...]] = {
     "XR_FOREARM": ((-0.20, 0.115, -2, 0.62), (0.20, 0.095, -2, 0.58), (-0.27, 0.12, 0.70, 0.93),
                    (0.0, 0.12, 0.69, 0.92), (0.25, 0.11, 0.68, 0.90)),
@@ -2655,6 +2651,9 @@ def _hardware(rng: np.random.Generator, u: Field, v: Field, bone: Bone, at: floa
     return 5 * covered, covered > 0
 
 
+LESIONS = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}  # each: change of attenuation and its site, (H, W)
+
+
 def _texture(rng: np.random.Generator, cells: int, shape: tuple[int, int]) -> Field:
     """Smooth random field (H, W) of about unit spread; `cells` across."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
@@ -2709,36 +2708,34 @@ def draw_phantom(
     spongy = 1 + 0.09 * _texture(base, size // 5, shape) + 0.05 * _texture(base, 12, shape)
     bony, lesion = np.sum([_tube(u, v, bone) for bone in bones], axis=0), None
     if abnormal:
-        kind = kind or str(own.choice(LESIONS))
+        kind = kind or str(own.choice(list(LESIONS)))
         bone = bones[int(own.choice([i for i, bone in enumerate(bones) if bone[2] == -2]))]  # one of the shafts
         at = own.uniform(-0.45, min(0.25, bone[3] - 3 * bone[1]))  # clear of the joint
-        change, site = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}[kind](own, u, v, bone, at)
+        change, site = LESIONS[kind](own, u, v, bone, at)
         bony += change
-        rows, columns = (np.flatnonzero(site.any(axis)) for axis in (1, 0))
-        lesion = Lesion(kind, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+        lesion = Lesion(kind, Image.fromarray(site).getbbox())  # type: ignore[arg-type]  # None only for an empty site
     image = _expose(base, flesh + bony * spongy, base.standard_normal(shape, np.float32))
     if base.random() < 0.5:
         _draw_marker(base, image)
     return np.asarray(image), lesion
 
 
-def _plan_phantoms(train: int, valid: int, parts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
-    """Path of each study below the data set's parent, and its number of views."""
-    for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
-        for order, part in enumerate(parts):
-            rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{part}".encode())])
-            patient, study = first + order * count // 2, 1  # numbers of two parts overlap, as in MURA
-            for label in rng.permutation(count) % 2:
-                name = f"study{study}_{('negative', 'positive')[label]}"
-                yield f"MURA-v1.1/{split}/{part}/patient{patient:05}/{name}", int(rng.integers(1, 4))
-                patient, study = (patient, 2) if study == 1 and rng.random() < 0.2 else (patient + 1, 1)
+def _plan_studies(split: str, first: int, count: int, parts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
+    """Path of each study below the data set's parent, and its number of views; patients are numbered from `first`."""
+    for order, part in enumerate(parts):
+        rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{part}".encode())])
+        patient, study = first + order * count // 2, 1  # numbers of two parts overlap, as in MURA
+        for label in rng.permutation(count) % 2:
+            name = f"study{study}_{('negative', 'positive')[label]}"
+            yield f"MURA-v1.1/{split}/{part}/patient{patient:05}/{name}", int(rng.integers(1, 4))
+            patient, study = (patient, 2) if study == 1 and rng.random() < 0.2 else (patient + 1, 1)
 
 
 def _write_phantom(folder: Path, path: str, seed: int, size: int) -> Lesion | None:
     """Draw and save the image of that path; nothing but path and seed decides what it shows."""
     study = path.rpartition("/")[0]
     view, examination = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in (path, study))
-    kind = str(examination.choice(LESIONS))  # all views of a study show the same kind
+    kind = str(examination.choice(list(LESIONS)))  # all views of a study show the same kind
     image, lesion = draw_phantom(view, study.endswith("positive"), size, study.split("/")[2], kind)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(folder / path, compress_level=1)
@@ -2752,19 +2749,17 @@ def write_phantoms(
 
     Beside MURA's four lists stands `phantoms.csv`: where the lesion of each abnormal image lies (see Lesion).
     """
-    studies = list(_plan_phantoms(train, valid, parts, seed))
-    images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
-    with ThreadPoolExecutor() as pool:
-        lesions = list(pool.map(lambda path: _write_phantom(folder, path, seed, size), images))
-    root = folder / "MURA-v1.1"
-    for split in ("train", "valid"):
-        paths = [path for path in images if path.split("/")[1] == split]
-        labels = [f"{study}/,{int(study.endswith('positive'))}" for study, _ in studies if study.split("/")[1] == split]
-        (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in paths))
-        (root / f"{split}_labeled_studies.csv").write_text("".join(f"{line}\n" for line in labels))
-    rows = [[path, lesion.kind, *lesion.box] for path, lesion in zip(images, lesions, strict=True) if lesion]
-    with (root / "phantoms.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["path", "kind", "left", "top", "right", "bottom"], *rows])
+    root, lesions = folder / "MURA-v1.1", []
+    for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
+        studies = list(_plan_studies(split, first, count, parts, seed))
+        images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
+        with ThreadPoolExecutor() as pool:
+            drawn = pool.map(lambda path: _write_phantom(folder, path, seed, size), images)
+        lesions += [(path, lesion.kind, *lesion.box) for path, lesion in zip(images, drawn, strict=True) if lesion]
+        (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in images))
+        labels = [f"{study}/,{int(study.endswith('positive'))}\n" for study, _ in studies]
+        (root / f"{split}_labeled_studies.csv").write_text("".join(labels))
+    write_csv(root / "phantoms.csv", (dict(zip(LESION_COLUMNS, row, strict=True)) for row in lesions), LESION_COLUMNS)
     return root
 
 
