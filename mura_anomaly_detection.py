@@ -1451,7 +1451,7 @@ def pool_studies(images: Scored) -> Scored:
     mean = np.bincount(study, images.probability) / np.bincount(study)
     order = np.argsort(first)
     pooled = images.take(first[order])
-    return Scored(tuple(pooled.study.tolist()), pooled.part, pooled.patient, pooled.study, pooled.label, mean[order])
+    return replace(pooled, path=tuple(pooled.study.tolist()), probability=mean[order])
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:
@@ -1469,8 +1469,6 @@ def auroc(label: npt.NDArray[Any], probability: Floats, weight: Floats | None = 
     array([0.875])
     """
     weight = np.ones((1, len(label))) if weight is None else weight
-    if not len(label):
-        return np.full(len(weight), np.nan)
     order = np.argsort(probability, kind="stable")
     ties = np.flatnonzero(np.diff(probability[order], prepend=-np.inf))
     weight, abnormal = weight[:, order], label[order]
@@ -1567,7 +1565,7 @@ def value_and_interval(figure: str, value: float, drawn: Floats, left_out: Float
     """
     defined, patients = drawn[np.isfinite(drawn)], len(np.unique(rows.patient))
     left_out = left_out[np.isfinite(left_out)]
-    if np.isnan(value) or len(defined) < max(1, len(drawn) / 2) or not len(left_out):
+    if np.isnan(value) or len(defined) < len(drawn) / 2 or not len(left_out):
         return {"value": None if np.isnan(value) else value, "low": None, "high": None}
     ends = ece_interval(value, defined) if figure == "ece" else bca_interval(value, defined, left_out, patients)
     low, high = min(value, *ends), max(value, *ends)
@@ -1589,7 +1587,7 @@ def bootstrap(rows: Scored, threshold: float, resamples: int, seed: int) -> dict
     n, random = len(names), np.random.default_rng(seed)
     value = score(rows.label, rows.probability, threshold)
     drawn = left_out = {figure: np.empty(0) for figure in METRICS}
-    if n > 1 and resamples > 0:
+    if n > 1:
         counts = [np.bincount(random.integers(n, size=n), minlength=n).astype(np.int16) for _ in range(resamples)]
         drawn = score_resampled(rows, threshold, patient, np.array(counts))
         group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
@@ -2083,17 +2081,17 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place", EXIT_FAILED) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows atomically; None and NaN become empty cells, floats keep 6 significant digits or more."""
+    """Write rows atomically; None and NaN become empty cells, floats come back as they were."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
+        writer.writerow({key: None if value != value else value for key, value in row.items()})
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name may be any bytes
 
@@ -2128,10 +2126,10 @@ def read_tensors(path: Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}); --checkpoint wants the .pth file that training wrote") from error
-    end = len(data) - len(CHECKSUM_MARK) - 64
-    if end < 0 or data[end : end + len(CHECKSUM_MARK)] != CHECKSUM_MARK:
+    archive, mark, checksum = data.rpartition(CHECKSUM_MARK)
+    if not mark or len(checksum) != 64:
         raise UserError(f"{path}: is not a checkpoint of this program, or is truncated; use a file that training wrote")
-    if hashlib.sha256(memoryview(data)[:end]).hexdigest().encode() != data[end + len(CHECKSUM_MARK) :]:
+    if hashlib.sha256(archive).hexdigest().encode() != checksum:
         raise UserError(f"{path}: damaged (its checksum does not match); restore it from a copy, or train again")
     content = load_safely(io.BytesIO(data), path)
     if content.get("format") != PROGRAM or content.get("kind") != kind:
@@ -2160,8 +2158,9 @@ def load_safely(file: IO[bytes], path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, key, type and runtime errors: torch.load names none of them
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        reason = "holds other things than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "holds other things than tensors and plain values"
         raise UserError(f"{path}: cannot be loaded as weights ({reason}); it is damaged, unsafe, or something else") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights by name")
@@ -2199,15 +2198,14 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
-        known = content["model"] in ("densenet169", "resnet50") and content["fit"] in ("stretch", "letterbox")
-        sound = content["image_size"] > 0 < content["temperature"] and 0 <= content["threshold"] <= 1
-        sound = sound and set(content["patients"]) >= {"train", "val"} and len(given["mean"]) == len(given["std"]) == 3
-        if not (known and sound):
+        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients")
+        member = Member(path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in names))
+        known = content["model"] in ("densenet169", "resnet50") and member.fit in ("stretch", "letterbox")
+        in_range = member.image_size > 0 and member.temperature > 0 and 0 <= member.threshold <= 1
+        whole = {"train", "val"} <= set(member.patients) and len(normalization.mean) == len(normalization.std) == 3
+        if not (known and in_range and whole):
             raise TypeError("holds what this version does not know")
-        return Member(
-            path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in (
-                "image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients"))
-        )
+        return member
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         version = content.get("version")
         raise UserError(f"{path}: written by another version of this program ({version}); train again") from error
@@ -2237,9 +2235,8 @@ def grad_cam(network: Network, images: Tensor) -> tuple[Tensor, Tensor]:
         features.requires_grad_()
         logits = network.classify(features)
         (gradient,) = torch.autograd.grad(logits.sum(), features)
-    weights = gradient.mean((2, 3), keepdim=True)
-    evidence = (weights * features.detach()).sum(1) * features[0, 0].numel()
-    return logits.detach(), evidence
+    weights = gradient.sum((2, 3), keepdim=True)  # h * w times the mean
+    return logits.detach(), (weights * features.detach()).sum(1)
 
 
 def heat_on_image(evidence: Tensor, size: int, fit: str, height: int, width: int) -> np.ndarray:
@@ -2272,11 +2269,11 @@ def draw_history(history: Sequence[dict[str, float | None]], file: IO[bytes]) ->
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     curves = (("loss", ("train_loss", "val_loss")), ("accuracy", ("train_accuracy", "val_accuracy")),
               ("study level", ("val_auroc", "val_kappa")))
-    epochs = [row["epoch"] for row in history]
+    epochs = np.array([row["epoch"] for row in history], float)
     for axes, (title, names) in zip(figure.subplots(1, 3), curves, strict=True):
         for name in names:
-            values = [math.nan if row[name] is None else row[name] for row in history]
-            axes.plot(epochs, values, marker="o", markersize=3, label=name.replace("_", " "))  # type: ignore[arg-type,unused-ignore]
+            values = np.array([row[name] for row in history], float)  # None becomes NaN, a gap
+            axes.plot(epochs, values, marker="o", markersize=3, label=name.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
@@ -2290,25 +2287,23 @@ def draw_explanation(figure: Any, panels: Sequence[Panel], heading: str, heat_la
     Heat is drawn on one scale, 0 to the strongest of these maps but no less than FAINT, so that a faint map stays faint and an
     empty one stays empty; the overlay's opacity follows the same scale.
     """
+    from matplotlib.patches import Rectangle
+
     top = max(FAINT, *(float(panel.heat.max()) for panel in panels))
     # a $ in a file's name is no formula, and a name may be bytes that are no text
     figure.suptitle(heading.encode(errors="replace").decode(), fontsize=11, parse_math=False)
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for row, panel in zip(grid, panels, strict=True):
-        strength = panel.heat / top
         for axes, title in zip(row, (panel.title, "heatmap", "overlay"), strict=True):
             axes.set_title(title.encode(errors="replace").decode(), fontsize=9, parse_math=False)
             axes.set_axis_off()
-        row[0].imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
+        for axes in row[::2]:
+            axes.imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
+            if panel.box:
+                left, upper, right, lower = panel.box
+                axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan"))
         shown = row[1].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top)
-        row[2].imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
-        row[2].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top, alpha=0.65 * strength)
-        if panel.box:
-            from matplotlib.patches import Rectangle
-
-            left, upper, right, lower = panel.box
-            for axes in (row[0], row[2]):
-                axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan", linewidth=1))
+        row[2].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top, alpha=0.65 * panel.heat / top)
     figure.colorbar(shown, ax=grid[:, 1:].ravel().tolist(), label=heat_label, shrink=0.8)
 
 
@@ -2342,15 +2337,11 @@ def can_show(config: Config) -> bool:
 
 def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_label: str, *, show: bool) -> None:
     """Save the figure; with `show` also leave it open for pyplot.show()."""
-    shape = (10.5, 0.7 + 3.4 * len(panels))
-    if show:
-        from matplotlib import pyplot
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-        figure: Any = pyplot.figure(figsize=shape, layout="constrained")
-    else:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=shape, layout="constrained")
+    new_figure = pyplot.figure if show else Figure
+    figure: Any = new_figure(figsize=(10.5, 0.7 + 3.4 * len(panels)), layout="constrained")
     draw_explanation(figure, panels, heading, heat_label)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=110)
@@ -2361,15 +2352,8 @@ DECISION, RANKING = METRICS[1:5], ("auroc", "brier", "ece")  # figures that depe
 PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: distinct to the colour-blind
 STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 6.5,
-    "legend.edgecolor": "none",
-    "pdf.fonttype": 42,  # text stays text, in PDF and in SVG
-    "svg.fonttype": "none",
+    "font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "legend.fontsize": 6.5, "legend.edgecolor": "none", "pdf.fonttype": 42, "svg.fonttype": "none",  # text stays text
 }
 
 
@@ -2408,13 +2392,16 @@ def format_table(report: dict[str, Any]) -> str:
         sizes = {"count": "studies" if level == "study" else "images", "positives": "abnormal"}
         lines += [heading, *table_lines(report, level, RANKING, sizes), ""]
         lines += [f"{heading}, abnormal above {threshold}", *table_lines(report, level, DECISION, {}), ""]
-    lines += ["[low,high]: 95 % interval, bootstrap over patients; -: undefined"]
-    return "\n".join(lines + [line for note in report.get("notes", []) for line in textwrap.wrap(note, 100)])
+    lines.append("[low,high]: 95 % interval, bootstrap over patients; -: undefined")
+    for text in report["notes"]:
+        lines += textwrap.wrap(text, 100)
+    return "\n".join(lines)
 
 
-def span(figure: dict[str, Any]) -> list[float]:
-    """Return the ends of a figure's interval, or its value twice where it has none."""
-    return [figure["value"] if figure[end] is None else figure[end] for end in ("low", "high")]
+def error_bars(figures: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
+    """Return values (N,), and how far their intervals reach below and above (2, N); NaN where there is none."""
+    value, low, high = (np.array([figure[key] for figure in figures], float) for key in ("value", "low", "high"))
+    return value, np.array([value - low, high - value])
 
 
 def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
@@ -2425,17 +2412,16 @@ def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
     hits, alarms = (np.append(0, np.cumsum(studies.label[order] == value)[ties]) for value in (1, 0))
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
     if hits[-1] and alarms[-1]:
-        x, y = 1 - found["specificity"]["value"], found["sensitivity"]["value"]
         curve = f"this model: AUROC {format_figure(found['auroc'])}"
         axes.plot(alarms / alarms[-1], hits / hits[-1], color=BLUE, linewidth=1.2, label=curve)
-        axes.plot(1 - np.array(span(found["specificity"])), [y, y], color=BLUE, linewidth=0.8)
-        axes.plot([x, x], span(found["sensitivity"]), color=BLUE, linewidth=0.8)
-        point = f"above {report['threshold']:.3g}: sensitivity {y:.3f}, specificity {1 - x:.3f}"
-        axes.plot(x, y, "o", color=BLUE, markersize=5, label=point)
+        (y, x), reach = error_bars([found["sensitivity"], found["specificity"]])
+        point = f"above {report['threshold']:.3g}: sensitivity {y:.3f}, specificity {x:.3f}"
+        aside = reach[::-1, 1:]  # the other way round, as is 1 - specificity
+        axes.errorbar(1 - x, y, reach[:, :1], aside, fmt="o", color=BLUE, markersize=5, elinewidth=0.8, label=point)
     else:
         axes.text(0.5, 0.3, "no curve: one class only", ha="center", color=GREY)
     paper = f"MURA paper, its hidden test set of 207 studies:\nanother test set (AUROC {PAPER['auroc']})"
-    axes.plot(1 - PAPER["specificity"], PAPER["sensitivity"], "*", color=RED, markersize=9, label=paper)
+    axes.errorbar(1 - PAPER["specificity"], PAPER["sensitivity"], fmt="*", color=RED, markersize=9, label=paper)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="a  ROC", aspect="equal")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="lower right", borderpad=0, borderaxespad=0.2)
@@ -2469,6 +2455,7 @@ def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: S
     axes.text(0, 1, f"ECE {format_figure(report['levels']['study']['ece'])}", va="top", fontsize=7)
     axes.set(ylim=(-0.03, 1.03), ylabel="fraction abnormal", title="c  Reliability")
     axes.tick_params(labelbottom=False)
+    below.sharex(axes)
     bars = below.bar((np.arange(ECE_BINS) + 0.5) / ECE_BINS, counts, width=0.9 / ECE_BINS, color=BLUE)
     below.bar_label(bars, [str(count or "") for count in counts], fontsize=5.5, padding=1)
     below.set(xlabel="probability of abnormal", ylabel="studies", xlim=(-0.02, 1.02), ylim=(0, 1.3 * counts.max()))
@@ -2476,17 +2463,14 @@ def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: S
 
 def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
     """Draw kappa with its intervals, overall and by body part, of studies and of images."""
-    rows = [("overall", report["levels"]), *report["parts"].items()]
+    rows = {"overall": report["levels"], **report["parts"]}
     for level, marker, colour, shift in (("study", "o", BLUE, -0.14), ("image", "s", GREY, 0.14)):
-        axes.plot([], [], marker, color=colour, markersize=4, label=f"{level} level")
-        for place, (_, levels) in enumerate(rows):
-            kappa, y = levels[level]["kappa"], place + shift
-            if kappa["value"] is None:
-                axes.text(0.01, y, "undefined", va="center", color=colour, fontsize=6)
-            else:
-                axes.plot(span(kappa), [y, y], color=colour, linewidth=1)
-                axes.plot(kappa["value"], y, marker, color=colour, markersize=4)
-    names = [f"{shorten(name.removeprefix('XR_').lower(), 16)} ({levels['study']['count']})" for name, levels in rows]
+        kappa, reach = error_bars([levels[level]["kappa"] for levels in rows.values()])
+        y = np.arange(len(rows)) + shift
+        axes.errorbar(kappa, y, xerr=reach, fmt=marker, color=colour, markersize=4, elinewidth=1, label=f"{level} level")
+        for place in y[np.isnan(kappa)]:
+            axes.text(0.01, place, "undefined", va="center", color=colour, fontsize=6)
+    names = [f"{shorten(name.removeprefix('XR_').lower(), 16)} ({levels['study']['count']})" for name, levels in rows.items()]
     axes.set_yticks(range(len(rows)), names)
     axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
     axes.axhline(0.5, color=GREY, linewidth=0.4)
@@ -2498,20 +2482,16 @@ def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
 def draw_report(report: dict[str, Any], images: Scored, target: Path | IO[bytes]) -> None:
     """Draw ROC, confusion matrix, reliability and kappa of the studies to a path, or as PNG to an open binary file."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     studies, found = pool_studies(images), report["levels"]["study"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 7.2), layout="constrained")  # inches: two columns of a journal's page
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(2, 2)
-        lower = grid[1, 0].subgridspec(2, 1, height_ratios=[3, 1])
-        draw_roc(figure.add_subplot(grid[0, 0]), report, studies)
-        draw_confusion(figure.add_subplot(grid[0, 1]), report, studies)
-        reliability = figure.add_subplot(lower[0])
-        draw_reliability(reliability, figure.add_subplot(lower[1], sharex=reliability), report, studies)
-        draw_kappa(figure.add_subplot(grid[1, 1]), report)
+        axes = figure.subplot_mosaic("ab;cd;nd", height_ratios=[4, 3, 1])
+        draw_roc(axes["a"], report, studies)
+        draw_confusion(axes["b"], report, studies)
+        draw_reliability(axes["c"], axes["n"], report, studies)
+        draw_kappa(axes["d"], report)
         sizes = f"{found['count']} studies ({found['positives']} abnormal), patients: {found['patients']}"
         figure.suptitle(f"Study level, {report['split']}: {sizes}", fontsize=9)
         figure.savefig(target, dpi=200)
@@ -2521,8 +2501,8 @@ def draw_report(report: dict[str, Any], images: Scored, target: Path | IO[bytes]
 
 Bone = tuple[float, float, float, float]  # offset across, half-width, start, end along; unit: half the long side
 Field = np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (H, W) a value for each pixel
-LESIONS = ("fracture", "lytic", "hardware")
 VALID_PATIENT = 11185  # first patient number of valid/, as in MURA
+LESION_COLUMNS = ("path", "kind", "left", "top", "right", "bottom")  # of phantoms.csv
 PHANTOM_BONES: dict[str, tuple[Bone, ...]] = {
     "XR_FOREARM": ((-0.20, 0.115, -2, 0.62), (0.20, 0.095, -2, 0.58), (-0.27, 0.12, 0.70, 0.93),
                    (0.0, 0.12, 0.69, 0.92), (0.25, 0.11, 0.68, 0.90)),
@@ -2590,6 +2570,9 @@ def _hardware(rng: np.random.Generator, u: Field, v: Field, bone: Bone, at: floa
     return 5 * covered, covered > 0
 
 
+LESIONS = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}  # each: change of attenuation and its site, (H, W)
+
+
 def _texture(rng: np.random.Generator, cells: int, shape: tuple[int, int]) -> Field:
     """Smooth random field (H, W) of about unit spread; `cells` across."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
@@ -2644,36 +2627,34 @@ def draw_phantom(
     spongy = 1 + 0.09 * _texture(base, size // 5, shape) + 0.05 * _texture(base, 12, shape)
     bony, lesion = np.sum([_tube(u, v, bone) for bone in bones], axis=0), None
     if abnormal:
-        kind = kind or str(own.choice(LESIONS))
+        kind = kind or str(own.choice(list(LESIONS)))
         bone = bones[int(own.choice([i for i, bone in enumerate(bones) if bone[2] == -2]))]  # one of the shafts
         at = own.uniform(-0.45, min(0.25, bone[3] - 3 * bone[1]))  # clear of the joint
-        change, site = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}[kind](own, u, v, bone, at)
+        change, site = LESIONS[kind](own, u, v, bone, at)
         bony += change
-        rows, columns = (np.flatnonzero(site.any(axis)) for axis in (1, 0))
-        lesion = Lesion(kind, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+        lesion = Lesion(kind, Image.fromarray(site).getbbox())  # type: ignore[arg-type]  # None only for an empty site
     image = _expose(base, flesh + bony * spongy, base.standard_normal(shape, np.float32))
     if base.random() < 0.5:
         _draw_marker(base, image)
     return np.asarray(image), lesion
 
 
-def _plan_phantoms(train: int, valid: int, parts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
-    """Path of each study below the data set's parent, and its number of views."""
-    for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
-        for order, part in enumerate(parts):
-            rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{part}".encode())])
-            patient, study = first + order * count // 2, 1  # numbers of two parts overlap, as in MURA
-            for label in rng.permutation(count) % 2:
-                name = f"study{study}_{('negative', 'positive')[label]}"
-                yield f"MURA-v1.1/{split}/{part}/patient{patient:05}/{name}", int(rng.integers(1, 4))
-                patient, study = (patient, 2) if study == 1 and rng.random() < 0.2 else (patient + 1, 1)
+def _plan_studies(split: str, first: int, count: int, parts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
+    """Path of each study below the data set's parent, and its number of views; patients are numbered from `first`."""
+    for order, part in enumerate(parts):
+        rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{part}".encode())])
+        patient, study = first + order * count // 2, 1  # numbers of two parts overlap, as in MURA
+        for label in rng.permutation(count) % 2:
+            name = f"study{study}_{('negative', 'positive')[label]}"
+            yield f"MURA-v1.1/{split}/{part}/patient{patient:05}/{name}", int(rng.integers(1, 4))
+            patient, study = (patient, 2) if study == 1 and rng.random() < 0.2 else (patient + 1, 1)
 
 
 def _write_phantom(folder: Path, path: str, seed: int, size: int) -> Lesion | None:
     """Draw and save the image of that path; nothing but path and seed decides what it shows."""
     study = path.rpartition("/")[0]
     view, examination = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in (path, study))
-    kind = str(examination.choice(LESIONS))  # all views of a study show the same kind
+    kind = str(examination.choice(list(LESIONS)))  # all views of a study show the same kind
     image, lesion = draw_phantom(view, study.endswith("positive"), size, study.split("/")[2], kind)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(folder / path, compress_level=1)
@@ -2687,19 +2668,17 @@ def write_phantoms(
 
     Beside MURA's four lists stands `phantoms.csv`: where the lesion of each abnormal image lies (see Lesion).
     """
-    studies = list(_plan_phantoms(train, valid, parts, seed))
-    images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
-    with ThreadPoolExecutor() as pool:
-        lesions = list(pool.map(lambda path: _write_phantom(folder, path, seed, size), images))
-    root = folder / "MURA-v1.1"
-    for split in ("train", "valid"):
-        paths = [path for path in images if path.split("/")[1] == split]
-        labels = [f"{study}/,{int(study.endswith('positive'))}" for study, _ in studies if study.split("/")[1] == split]
-        (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in paths))
-        (root / f"{split}_labeled_studies.csv").write_text("".join(f"{line}\n" for line in labels))
-    rows = [[path, lesion.kind, *lesion.box] for path, lesion in zip(images, lesions, strict=True) if lesion]
-    with (root / "phantoms.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["path", "kind", "left", "top", "right", "bottom"], *rows])
+    root, lesions = folder / "MURA-v1.1", []
+    for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
+        studies = list(_plan_studies(split, first, count, parts, seed))
+        images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
+        with ThreadPoolExecutor() as pool:
+            drawn = pool.map(lambda path: _write_phantom(folder, path, seed, size), images)
+        lesions += [(path, lesion.kind, *lesion.box) for path, lesion in zip(images, drawn, strict=True) if lesion]
+        (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in images))
+        labels = [f"{study}/,{int(study.endswith('positive'))}\n" for study, _ in studies]
+        (root / f"{split}_labeled_studies.csv").write_text("".join(labels))
+    write_csv(root / "phantoms.csv", (dict(zip(LESION_COLUMNS, row, strict=True)) for row in lesions), LESION_COLUMNS)
     return root
 
 
