@@ -2786,10 +2786,6 @@ def write_phantoms(
 
 # ===== 13 training runs ==============================================================================================
 
-HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "val_kappa", "lr",
-                   "images_per_second", "seconds")
-ENDINGS = {"model": ".pth", "state": ".last.pth", "history": ".history.csv", "curves": ".history.png", "split": ".split.csv"}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -2838,9 +2834,16 @@ def decode_split(run: Run, views: Sequence[View], size: int, fit: str, split: st
     return decoded
 
 
-def path_of(config: Config, name: str) -> Path:
-    """Name a file of a training run: one of ENDINGS."""
-    return config.stem.with_name(config.stem.name + ENDINGS[name])
+def path_of(config: Config, ending: str) -> Path:
+    """Name a file of a run: STEM and an ending such as .last.pth."""
+    return Path(f"{config.stem}{ending}")
+
+
+def write_split(config: Config, train_views: Sequence[View], val_views: Sequence[View]) -> None:
+    """Write STEM.split.csv: the side of each patient."""
+    sides = {view.patient: "train" for view in train_views} | {view.patient: "val" for view in val_views}
+    rows = ({"patient": name, "split": sides[name]} for name in sorted(sides))
+    write_csv(path_of(config, ".split.csv"), rows, ("patient", "split"))
 
 
 def earlier_patients(weights: str) -> set[str]:
@@ -2862,48 +2865,60 @@ class Session:
     """
 
     def __init__(
-        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int = 0
+        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int
     ) -> None:
         self.run, self.config, self.size, self.train_set, self.val_set = run, run.config, size, train, val
         self.bad_images = bad_images
-        self.files = {name: path_of(run.config, name) for name in ENDINGS}
         self.seen = earlier_patients(run.config.weights)
         again = self.seen & {view.patient for view in val.views}
         if again:
             note(f"--weights {run.config.weights}: that model has seen {len(again)} patients of val; validation, temperature "
                  "and the choice of the best epoch will be too hopeful")
         self.weights = class_weights(train.views)
-        self.normalization = choose_normalization(run.config.normalization, train)
-        steps = run.config.epochs * -(-len(train) // run.config.batch_size)
+        self.batches = -(-len(train) // run.config.batch_size)  # of an epoch
         self.trainer = Trainer(
-            run.arithmetic.prepare(network), run.config, run.arithmetic, self.normalization, steps, run.processes
+            run.arithmetic.prepare(network), run.config, run.arithmetic,
+            choose_normalization(run.config.normalization, train), run.config.epochs * self.batches, run.processes,
         )
         self.saved_at = time.monotonic()
 
     def settings(self) -> dict[str, Any]:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
-        same = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
-        data = "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set))
-        chosen = {"model": self.trainer.network.model, "image_size": self.size,
-                  "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks})}
-        return {**same, **chosen, "data": data}
+        flags = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
+        return flags | {
+            "model": self.trainer.network.model, "image_size": self.size,
+            "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
+            "data": "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set)),
+        }
 
     def resume(self) -> None:
-        """Take over the state in STEM.last.pth.
+        """Continue from STEM.last.pth, with --resume auto only if it is there.
 
         Raises:
-            UserError: there is none (unless --resume auto), or it belongs to other data, flags or another version.
+            UserError: it is not there, cannot be continued from, or is not seen by all processes.
         """
-        file = self.files["state"]
-        if not file.exists():
-            if self.config.resume == "auto":
-                return
+        file = path_of(self.config, ".last.pth")
+        if file.exists():
+            self.take_over(file)
+        elif self.config.resume == "required":
             raise UserError(f"--resume: there is no {file}; --resume auto starts afresh in such a case")
-        state, now = read_tensors(file, "state"), self.settings()
+        progress = self.trainer.progress
+        places = self.run.processes.gather([np.array([progress.epoch, progress.batch])])
+        if len(np.unique(places, axis=0)) > 1:
+            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
+                            "machines share", EXIT_FAILED)
+
+    def take_over(self, file: Path) -> None:
+        """Take over the state of an earlier run.
+
+        Raises:
+            UserError: it belongs to other data, flags or another version.
+        """
+        state = read_tensors(file, "state")
         try:
             then = state["settings"]
-            names = [name for name in now if then.get(name) != now[name]]
-            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in names]
+            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
+                     for name, value in self.settings().items() if then.get(name) != value]
             if other:
                 raise UserError(f"--resume {file}: {'; '.join(other)}; give the same flags and data, or another --checkpoint")
             self.trainer.load_state_dict(state["trainer"])
@@ -2913,24 +2928,12 @@ class Session:
         progress = self.trainer.progress
         say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
 
-    def stand_together(self) -> None:
-        """Check that all processes begin at the same batch.
-
-        Raises:
-            UserError: they do not, for they do not see the same STEM.last.pth.
-        """
-        here = float(self.trainer.progress.epoch * 10**7 + self.trainer.progress.batch)
-        total = self.run.processes.total(torch.tensor([here], dtype=torch.float64, device=self.run.arithmetic.device))[0]
-        if abs(total - here * self.run.processes.world) > 0.5:
-            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
-                            "machines share", EXIT_FAILED)
-
     def save_state(self) -> None:
         """Write STEM.last.pth; the first process only."""
         self.saved_at = time.monotonic()
         if self.run.processes.rank == 0:
             state = {"kind": "state", "settings": self.settings(), "trainer": self.trainer.state_dict()}
-            write_tensors(self.files["state"], state)
+            write_tensors(path_of(self.config, ".last.pth"), state)
 
     def pause(self, bar: Any, stopping: bool, count: int = 1) -> None:
         """Between two batches: save the state when it is time, or when the run is to stop; then stop."""
@@ -2940,24 +2943,20 @@ class Session:
         if stopping:
             self.run.stop.check()
 
-    def write_split(self, train_views: Sequence[View], val_views: Sequence[View]) -> None:
-        """Write STEM.split.csv."""
-        sides = {view.patient: "train" for view in train_views} | {view.patient: "val" for view in val_views}
-        rows = ({"patient": name, "split": sides[name]} for name in sorted(sides))
-        write_csv(self.files["split"], rows, ("patient", "split"))
-
     def train(self) -> None:
         """Run the epochs that are left."""
         weights = loss_weights(self.train_set.views, self.weights)
         feed, val_feed = (Feed(dataset, self.run.arithmetic.device) for dataset in (self.train_set, self.val_set))
         progress = self.trainer.progress
         while not self.finished():
-            with progress_bar(total=-(-len(feed.dataset) // self.config.batch_size), initial=progress.batch,
-                              desc=f"epoch {progress.epoch + 1}/{self.config.epochs}", unit="batch") as bar:
+            name = f"epoch {progress.epoch + 1}/{self.config.epochs}"
+            with progress_bar(total=self.batches, initial=progress.batch, desc=name, unit="batch") as bar:
                 train_epoch(self.trainer, feed, weights, self.run.stop, partial(self.pause, bar))
-            self.end_epoch(*self.validate(feed, val_feed))
-        if self.run.processes.rank == 0 and progress.history:
-            with atomic_write(self.files["curves"]) as file:
+            began = time.perf_counter()
+            logits = self.validate(feed, val_feed)
+            self.end_epoch(logits, time.perf_counter() - began)
+        if self.run.processes.rank == 0:
+            with atomic_write(path_of(self.config, ".history.png")) as file:
                 draw_history(progress.history, file)
         self.run.processes.wait()  # the others read the model next, which the first has written
 
@@ -2967,20 +2966,19 @@ class Session:
         waited = progress.epoch - progress.best_epoch
         return progress.epoch >= self.config.epochs or (0 < self.config.patience <= waited)
 
-    def validate(self, train_feed: Feed, val_feed: Feed) -> tuple[np.ndarray, float]:
-        """Make the network ready for new images and compute the logits of val, (N,); also the seconds that took."""
-        began, processes, config = time.perf_counter(), self.run.processes, self.config
+    def validate(self, train_feed: Feed, val_feed: Feed) -> np.ndarray:
+        """Make the network ready for new images and compute the logits of val, (N,)."""
+        processes, config, network = self.run.processes, self.config, self.trainer.network
         alone = processes.world == 1  # several stop together, in the next epoch
-        images = min(config.settle, len(train_feed.dataset)) + len(val_feed.dataset)
+        images = min(config.settle, len(self.train_set)) + len(self.val_set)
         with progress_bar(total=images, desc="validation", unit="image") as bar:
             def tick(count: int) -> None:
                 self.pause(bar, alone and bool(self.run.stop.signum), count)
 
-            given = self.run.arithmetic, self.normalization, config.batch_size
-            settle_statistics(self.trainer.network, train_feed, *given, config.settle, config.seed, tick)
-            processes.same_buffers(self.trainer.network)
-            logits = predict_logits(self.trainer.network, val_feed, *given, processes=processes, tick=tick)
-        return logits, time.perf_counter() - began
+            given = self.run.arithmetic, self.trainer.normalization, config.batch_size
+            settle_statistics(network, train_feed, *given, config.settle, config.seed, tick)
+            processes.same_buffers(network)
+            return predict_logits(network, val_feed, *given, processes=processes, tick=tick)
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -2991,7 +2989,7 @@ class Session:
         if self.run.processes.rank == 0:
             if best:
                 self.save_model(logits)
-            write_csv(self.files["history"], progress.history, HISTORY_COLUMNS)
+            write_csv(path_of(self.config, ".history.csv"), progress.history, list(row))
         self.save_state()
 
     def history_row(self, logits: np.ndarray, seconds: float) -> dict[str, float | None]:
@@ -3000,18 +2998,18 @@ class Session:
         if not np.isfinite(logits).all():
             raise UserError(f"the network's output is not finite after epoch {progress.epoch + 1}; nothing was saved of it. "
                             "Try a lower --lr or --precision fp32", EXIT_FAILED)
-        weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights)).double()
-        loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights.float()).item() / len(labels)
+        weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights))
+        loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights).item() / len(labels)
         studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits)))
         figures = score(studies.label, studies.probability, 0.5)
-        auroc, kappa = (float(figures[name][0]) for name in ("auroc", "kappa"))
-        values = (
-            progress.epoch + 1, progress.loss / progress.seen, progress.correct / progress.seen,
-            loss, float(((logits > 0) == labels).mean()), None if math.isnan(auroc) else auroc,
-            None if math.isnan(kappa) else kappa, progress.lr, progress.seen / max(progress.seconds, 1e-9),
-            progress.seconds + seconds,
-        )
-        return dict(zip(HISTORY_COLUMNS, values, strict=True))
+        auroc, kappa = (None if np.isnan(figures[name]) else float(figures[name][0]) for name in ("auroc", "kappa"))
+        return {
+            "epoch": progress.epoch + 1,
+            "train_loss": progress.loss / progress.seen, "train_accuracy": progress.correct / progress.seen,
+            "val_loss": loss, "val_accuracy": float(((logits > 0) == labels).mean()),
+            "val_auroc": auroc, "val_kappa": kappa, "lr": progress.lr,
+            "images_per_second": progress.seen / progress.seconds, "seconds": progress.seconds + seconds,
+        }
 
     def save_model(self, logits: np.ndarray) -> None:
         """Write STEM.pth, with the temperature, and where asked for the threshold, fitted on val."""
@@ -3021,9 +3019,9 @@ class Session:
             studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits, temperature)))
             threshold, source = best_threshold(studies.label, studies.probability), "val"
         progress = self.trainer.progress
-        write_tensors(self.files["model"], {
+        write_tensors(self.config.checkpoint[0], {
             "kind": "model", "model": self.trainer.network.model, "image_size": self.size, "fit": self.config.fit,
-            "normalization": asdict(self.normalization), "classes": list(CLASSES), "temperature": temperature,
+            "normalization": asdict(self.trainer.normalization), "classes": list(CLASSES), "temperature": temperature,
             "threshold": float(threshold), "threshold_source": source, "epoch": progress.epoch, "history": progress.history,
             "parts": sorted({view.part for view in self.train_set.views}), "settings": self.settings(),
             "patients": {"train": sorted(self.seen | {view.patient for view in self.train_set.views}),
@@ -3474,7 +3472,8 @@ def train_command(config: Config, stop: StopSignals) -> int:
     class_weights(train_views)  # both classes must be there: said before the long work
     if (run.root / "valid").is_dir():
         index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
-    resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
+    state = path_of(config, ".last.pth")
+    resumes = config.resume and state.exists()  # its weights replace the initial ones
     network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
     size = choose_image_size(index.views, config.image_size)
     decoded = decode_split(run, index.views, size, config.fit, "train")
@@ -3487,16 +3486,15 @@ def train_command(config: Config, stop: StopSignals) -> int:
     session = Session(run, network, train, val, size, len(decoded.bad))
     if config.resume:
         session.resume()
-        session.stand_together()
-    elif session.files["state"].exists():
-        say(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
+    elif state.exists():
+        say(f"{state}: holds an earlier run, which this one replaces; --resume would continue it")
     if run.processes.rank == 0:
-        session.write_split(train_views, val_views)
+        write_split(config, train_views, val_views)
     session.train()
     if not (run.root / "valid").is_dir():
         note(f"{run.root}: has no valid/, so there is no held-out test to score")
         return EXIT_DONE
-    return score_split(run, [load_member(session.files["model"], run.arithmetic)], "valid")
+    return score_split(run, [load_member(config.checkpoint[0], run.arithmetic)], "valid")
 
 
 def evaluate_command(config: Config, stop: StopSignals) -> int:
