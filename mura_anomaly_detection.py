@@ -2822,15 +2822,15 @@ def announce(index: Index) -> None:
         note(text)
 
 
-def decode_split(run: Run, views: Sequence[View], size: int, fit: str, split: str) -> Decoded:
+def decode_split(run: Run, index: Index, size: int, fit: str) -> Decoded:
     """Open or build the cache of a split; under torchrun the first process of each machine builds, the others wait."""
     config, builds = replace(run.config, fit=fit), run.processes.local_rank == 0
     if not builds:
         run.processes.wait()
-    decoded = open_cache(views, size, config, run.root, run.stop, build=builds)
+    decoded = open_cache(index.views, size, config, run.root, run.stop, build=builds)
     if builds:
         run.processes.wait()
-    check_bad_images(decoded, run.root / split, config)
+    check_bad_images(decoded, run.root / index.split, config)
     return decoded
 
 
@@ -3090,17 +3090,15 @@ def report_notes(split: str, source: str) -> list[str]:
 
 def write_scored(path: Path, images: Scored, split: str) -> None:
     """Write a row per image: path, part, patient, study, label, probability."""
-    columns = ("path", "part", "patient", "study", "label", "probability")
-    places = [f"{split}/{name}" for name in images.path]
-    rest = (getattr(images, name).tolist() for name in columns[1:])
-    write_csv(path, (dict(zip(columns, row, strict=True)) for row in zip(places, *rest, strict=True)), columns)
+    columns = vars(images) | {"path": [f"{split}/{name}" for name in images.path]}
+    rows = zip(*columns.values(), strict=True)
+    write_csv(path, (dict(zip(columns, row, strict=True)) for row in rows), list(columns))
 
 
 def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
     """Evaluate members and ensemble; print the table and write STEM.valid.csv, STEM.report.json and STEM.report.png."""
-    config, stem = run.config, run.config.stem
+    config, names = run.config, [str(member.path) for member in members]
     threshold, source = choose_threshold(config, members)
-    names = [str(member.path) for member in members]
     images = replace(alone[0], probability=np.mean([scored.probability for scored in alone], axis=0))
     warned = seen_in_training(members, set(images.patient.tolist()), split)
     for text in warned:
@@ -3115,15 +3113,15 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
     if len(members) > 1:
         report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
     say(format_table(report))
-    table, written = stem.with_name(f"{stem.name}.{split}.csv"), stem.with_name(f"{stem.name}.report.json")
+    table, written, figure = (path_of(config, ending) for ending in (f".{split}.csv", ".report.json", ".report.png"))
     write_scored(table, images, split)
     write_json(written, report)
-    with atomic_write(written.with_suffix(".png")) as file:
+    with atomic_write(figure) as file:
         draw_report(report, images, file)
-    say(f"written: {table}, {written}, {written.with_suffix('.png')}")
+    say(f"written: {table}, {written}, {figure}")
 
 
-def score_split(run: Run, members: Sequence[Member], split: str) -> int:
+def score_split(run: Run, members: Sequence[Member], split: str) -> None:
     """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
     config = run.config
     index = index_split(run.root, split, config.tasks)
@@ -3131,7 +3129,7 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> int:
     by_name: list[dict[str, float]] = []
     bad: dict[str, str] = {}
     for member in members:
-        decoded = decode_split(run, index.views, member.image_size, member.fit, split)
+        decoded = decode_split(run, index, member.image_size, member.fit)
         bad |= decoded.bad
         dataset = MuraDataset(decoded)
         with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
@@ -3145,7 +3143,6 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> int:
         alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
         write_report(run, members, split, alone, bad)
     run.processes.wait()
-    return EXIT_DONE
 
 
 # ===== 15 prediction =================================================================================================
@@ -3470,13 +3467,14 @@ def train_command(config: Config, stop: StopSignals) -> int:
     announce(index)
     train_views, val_views = split_patients(index.views, config.val_split, config.seed)
     class_weights(train_views)  # both classes must be there: said before the long work
-    if (run.root / "valid").is_dir():
+    has_test = (run.root / "valid").is_dir()
+    if has_test:
         index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
     state = path_of(config, ".last.pth")
     resumes = config.resume and state.exists()  # its weights replace the initial ones
     network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
     size = choose_image_size(index.views, config.image_size)
-    decoded = decode_split(run, index.views, size, config.fit, "train")
+    decoded = decode_split(run, index, size, config.fit)
     train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
     for name, dataset in (("train", train), ("val", val)):
         if not len(dataset):
@@ -3491,16 +3489,18 @@ def train_command(config: Config, stop: StopSignals) -> int:
     if run.processes.rank == 0:
         write_split(config, train_views, val_views)
     session.train()
-    if not (run.root / "valid").is_dir():
+    if has_test:
+        score_split(run, load_members(config, run.arithmetic), "valid")
+    else:
         note(f"{run.root}: has no valid/, so there is no held-out test to score")
-        return EXIT_DONE
-    return score_split(run, [load_member(config.checkpoint[0], run.arithmetic)], "valid")
+    return EXIT_DONE
 
 
 def evaluate_command(config: Config, stop: StopSignals) -> int:
     """Score saved models on a split."""
     run = start_run(config, stop)
-    return score_split(run, load_members(config, run.arithmetic), config.split)
+    score_split(run, load_members(config, run.arithmetic), config.split)
+    return EXIT_DONE
 
 
 def predict_command(config: Config, stop: StopSignals) -> int:
