@@ -3152,63 +3152,78 @@ WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
 
-@dataclass(frozen=True)
-class Case:
-    """One input of --predict: an image, or a study with its views; or nothing, and why."""
-
-    path: Path
-    views: tuple[Path, ...]
-    error: str = ""
+Input = tuple[Path, tuple[Path, ...]]  # what is asked about: an image, or a study with its views; a folder without any has none
+Look = tuple[float, Tensor, int, str]  # a model's: probability, evidence (h, w) in logits, size and fit of what it looked at
 
 
-def collect_cases(paths: Iterable[Path]) -> Iterator[Case]:
-    """Expand files, folders and study folders, in the order given and natural order within folders.
-
-    A folder named study1, study1_positive, ... is one study; any other is searched, and its images stand for themselves.
-    """
+def collect_inputs(paths: Iterable[Path]) -> Iterator[Input]:
+    """Expand files, folders and study folders, in the order given and natural order within folders."""
     for path in paths:
-        if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
-            yield Case(path, (path,))
-            continue
-        empty = True
-        for folder, names, _ in os.walk(path):
-            inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
-            names[:] = sorted(inner, key=natural_key)
-            images = tuple(Path(folder) / name for name in image_names(folder))
-            empty = empty and not images
-            if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
-                yield Case(Path(folder), images)
-            else:
-                yield from (Case(image, (image,)) for image in images)
-        if empty:
-            yield Case(path, (), "holds no images")
+        if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
+            yield from list(search_folder(path)) or [(path, ())]
+        else:
+            yield path, (path,)
+
+
+def search_folder(top: Path) -> Iterator[Input]:
+    """Find images and studies: a folder named study1, study1_positive, ... is one, in any other each image is by itself."""
+    for folder, names, _ in os.walk(top):
+        inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
+        names[:] = sorted(inner, key=natural_key)
+        images = tuple(Path(folder) / name for name in image_names(folder))
+        if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
+            yield Path(folder), images
+        else:
+            yield from ((image, (image,)) for image in images)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one view: pixels (H, W) uint8, mean probability and evidence (H, W) of the models, or why it failed."""
+    """One view: what was read and what the models say of it, or why it could not be read.
+
+    Attributes:
+        path: of the image.
+        pixels: (H, W) uint8.
+        squares: network inputs (S, S) uint8, by size and fit.
+        error: why it could not be read; all else is then empty.
+        looks: one of each model.
+    """
 
     path: Path
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-    probability: float = math.nan
-    evidence: np.ndarray | None = None
+    pixels: np.ndarray
+    squares: dict[tuple[int, str], np.ndarray]
     error: str = ""
-    squares: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # network inputs, by size and fit
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def probability(self) -> float:
+        """Of abnormal: the mean over the models."""
+        return float(np.mean([probability for probability, *_ in self.looks]))
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """For abnormal, on the original's pixels (H, W), logits: the mean over the models."""
+        heat = [heat_on_image(evidence, size, fit, *self.pixels.shape) for _, evidence, size, fit in self.looks]
+        return np.asarray(np.mean(heat, axis=0))
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case with its findings; a study's probability is the mean over its readable views."""
+    """An input with its findings; a study's probability is the mean over its readable views."""
 
-    case: Case
+    path: Path
     findings: tuple[Finding, ...]
     threshold: float
 
     @property
+    def readable(self) -> list[Finding]:
+        """The views that have a probability."""
+        return [finding for finding in self.findings if not finding.error]
+
+    @property
     def probability(self) -> float:
         """Of abnormal; NaN where no view could be read."""
-        values = [finding.probability for finding in self.findings if not finding.error]
-        return float(np.mean(values)) if values else math.nan
+        return float(np.mean([finding.probability for finding in self.readable])) if self.readable else math.nan
 
     @property
     def label(self) -> int:
@@ -3228,17 +3243,16 @@ class Result:
 
     @property
     def error(self) -> str:
-        """Why the case, or some of its views, failed."""
-        failed = [finding for finding in self.findings if finding.error]
-        if len(self.findings) == 1 and failed:
-            return failed[0].error
-        return self.case.error or "; ".join(f"{finding.path.name}: {finding.error}" for finding in failed)
+        """Why the input, or some of its views, failed."""
+        if len(self.findings) == 1:
+            return self.findings[0].error
+        failed = [f"{finding.path.name}: {finding.error}" for finding in self.findings if finding.error]
+        return "; ".join(failed) if self.findings else "holds no images"
 
     def row(self) -> dict[str, Any]:
         """Give the row of --output."""
-        known = not math.isnan(self.probability)
-        said = (CLASSES[self.label], self.confidence, self.probability) if known else (None, None, None)
-        return dict(zip(RESULT_COLUMNS, (str(self.case.path), *said, self.error or None), strict=True))
+        said = (CLASSES[self.label], self.confidence, self.probability) if self.readable else (None, None, None)
+        return dict(zip(RESULT_COLUMNS, (str(self.path), *said, self.error or None), strict=True))
 
 
 def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
@@ -3246,23 +3260,11 @@ def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
     try:
         pixels = read_radiograph(path)
     except BadImage as error:
-        return Finding(path, error=str(error))
+        return Finding(path, np.zeros((0, 0), np.uint8), {}, str(error))
     doubt = unlike_radiograph(path, pixels)
     if doubt:
         note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels, squares={(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
-
-
-def blocks_of(cases: Iterable[Case], batch_size: int) -> Iterator[list[Case]]:
-    """Group cases so that each group fills at least one batch."""
-    block: list[Case] = []
-    for case in cases:
-        block.append(case)
-        if sum(len(item.views) for item in block) >= batch_size:
-            yield block
-            block = []
-    if block:
-        yield block
+    return Finding(path, pixels, {(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
 
 
 class Predictor:
@@ -3274,33 +3276,25 @@ class Predictor:
         self.members = load_members(config, self.arithmetic)
         self.threshold, _ = choose_threshold(config, self.members)
 
-    def results(self, cases: Sequence[Case], *, explain: bool) -> Iterator[Result]:
-        """Yield a result for each case, in order; images are decoded in threads while others are classified."""
+    def results(self, inputs: Sequence[Input]) -> Iterator[Result]:
+        """Yield a result for each input, in order; images are decoded in threads while others are classified."""
         shapes = {(member.image_size, member.fit) for member in self.members}
-        views = (path for case in cases for path in case.views)
+        paths = (path for _, views in inputs for path in views)
         workers, ahead = self.config.workers or core_count(), 2 * self.config.batch_size
-        read = map_ahead(partial(read_finding, shapes=shapes), views, workers, ahead)
-        for block in blocks_of(cases, self.config.batch_size):
-            found = iter(self.classify(list(itertools.islice(read, sum(len(case.views) for case in block))), explain=explain))
+        found = self.classify(map_ahead(partial(read_finding, shapes=shapes), paths, workers, ahead))
+        for path, views in inputs:
+            yield Result(path, tuple(itertools.islice(found, len(views))), self.threshold)
+
+    def classify(self, findings: Iterator[Finding]) -> Iterator[Finding]:
+        """Have all models look at what could be read, a batch at a time; the order stays."""
+        while batch := list(itertools.islice(findings, self.config.batch_size)):
+            readable = [finding for finding in batch if not finding.error]
+            looks = zip(*(self.look(member, readable) for member in self.members if readable), strict=True)
             self.stop.check()
-            for case in block:
-                yield Result(case, tuple(itertools.islice(found, len(case.views))), self.threshold)
+            yield from (finding if finding.error else replace(finding, looks=next(looks)) for finding in batch)
 
-    def classify(self, findings: Sequence[Finding], *, explain: bool) -> list[Finding]:
-        """Fill in probabilities, and maps, of the findings that could be read."""
-        readable = [finding for finding in findings if not finding.error]
-        done: dict[int, Finding] = {}
-        for i in range(0, len(readable), self.config.batch_size):
-            batch = readable[i : i + self.config.batch_size]
-            seen = [self.look(member, batch, explain) for member in self.members]
-            probabilities = np.mean([probability for probability, _ in seen], axis=0)
-            evidence = [np.mean(maps, axis=0) for maps in zip(*(maps for _, maps in seen), strict=True)] or [None] * len(batch)
-            for finding, probability, heat in zip(batch, probabilities, evidence, strict=True):
-                done[id(finding)] = replace(finding, probability=float(probability), evidence=heat)
-        return [done.get(id(finding), finding) for finding in findings]
-
-    def look(self, member: Member, batch: Sequence[Finding], explain: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Compute a member's calibrated probabilities (B,) and, if asked for, its evidence on the pixels of each original."""
+    def look(self, member: Member, batch: Sequence[Finding]) -> list[Look]:
+        """Look at a batch with one model, calibrated."""
         squares = np.stack([finding.squares[member.image_size, member.fit] for finding in batch])
         images = member.normalization(to_unit(torch.from_numpy(squares)[:, None].to(self.arithmetic.device)))
         with self.arithmetic.autocast():
@@ -3308,11 +3302,9 @@ class Predictor:
             if self.config.tta:
                 mirrored, mirrored_evidence = grad_cam(member.network, images.flip(3))
                 logits, evidence = (logits + mirrored) / 2, (evidence + mirrored_evidence.flip(2)) / 2
-        places = zip(evidence, batch, strict=True) if explain else ()
-        return sigmoid(logits.cpu().double().numpy(), member.temperature), [
-            heat_on_image(values / member.temperature, member.image_size, member.fit, *finding.pixels.shape)
-            for values, finding in places
-        ]
+        probabilities = sigmoid(logits.cpu().double().numpy(), member.temperature).tolist()
+        evidence = evidence / member.temperature
+        return [(*pair, member.image_size, member.fit) for pair in zip(probabilities, evidence, strict=True)]
 
 
 def figure_stem(path: Path) -> str:
@@ -3322,32 +3314,33 @@ def figure_stem(path: Path) -> str:
 
 
 def print_result(result: Result) -> None:
-    """Print a case, a line on stdout (and one for each view of a study), or on stderr why it failed."""
+    """Print an input, a line on stdout (and one for each view of a study), or on stderr why it failed."""
     if result.error:
-        note(f"{result.case.path}: {result.error}")
-    if math.isnan(result.probability):
+        note(f"{result.path}: {result.error}")
+    if not result.readable:
         return
-    views = f", {len(result.findings)} views" if len(result.findings) > 1 else ""
-    say(f"{result.case.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
-    for finding in result.findings if len(result.findings) > 1 else ():
-        if not finding.error:
-            say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
+    is_study = len(result.findings) > 1
+    views = f", {len(result.findings)} views" if is_study else ""
+    say(f"{result.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
+    for finding in result.readable if is_study else ():
+        say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
 
 
-def explain_result(result: Result, file: Path, config: Config, *, show: bool, boxes: dict[str, Any] | None = None) -> None:
-    """Save original | heatmap | overlay of a case, a row a view."""
-    part = next((piece for piece in result.case.path.resolve().parts if piece.upper().startswith("XR_")), "")
+def explain_result(
+    result: Result, file: Path, config: Config, *, show: bool, box: tuple[int, int, int, int] | None = None
+) -> None:
+    """Save original | heatmap | overlay of an input, a row a view."""
+    part = next((piece for piece in result.path.resolve().parts if piece.upper().startswith("XR_")), "")
     explained = CLASSES[result.label] if config.cam_class == "predicted" else config.cam_class
     sign = 1 if explained == "abnormal" else -1
-    name = "/".join(result.case.path.parts[-4:])
-    heading = f"{name}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
+    heading = f"{'/'.join(result.path.parts[-4:])}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
     panels = [
-        Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}",
-              (boxes or {}).get(seen.path.name))
-        for seen in result.findings if seen.evidence is not None
+        Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}", box)
+        for seen in result.readable[:FIGURE_ROWS]
     ]
-    save_explanation(file, panels[:FIGURE_ROWS], heading, f"evidence for {explained}, logits", show=show)
-    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {len(panels)} views)" if len(panels) > FIGURE_ROWS else ""))
+    save_explanation(file, panels, heading, f"evidence for {explained}, logits", show=show)
+    count = len(result.readable)
+    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""))
 
 
 def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str, Any]) -> None:
@@ -3384,7 +3377,7 @@ def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
     }
 
 
-def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]], config: Config) -> str:
+def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]]) -> str:
     """Say how often the evidence for abnormal peaks on the lesion (arXiv 1608.00507), and how often chance would.
 
     A hit is a peak no farther from the box than half a cell of the network's map, which is as fine as a map can point;
@@ -3392,14 +3385,12 @@ def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, i
     """
     hits, chance = [], []
     for result in results:
-        evidence = result.findings[0].evidence
-        if evidence is None:
-            continue
-        slack = max(evidence.shape) * MAP_STRIDE / (config.image_size or PAPER_SIZE) / 2
-        left, top, right, bottom = np.array(boxes[result.case.path]) + slack * np.array((-1, -1, 1, 1))
-        y, x = np.mgrid[: evidence.shape[0], : evidence.shape[1]]
+        evidence, (_, _, size, _) = result.findings[0].evidence, result.findings[0].looks[0]
+        slack = max(evidence.shape) * MAP_STRIDE / size / 2
+        left, top, right, bottom = np.array(boxes[result.path]) + slack * np.array((-1, -1, 1, 1))
+        y, x = np.indices(evidence.shape)
         inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
-        hits.append(inside.ravel()[evidence.argmax()])
+        hits.append(inside.flat[evidence.argmax()])
         chance.append(inside.mean())
     return (f"heat peaks on the lesion in {sum(hits)} of {len(hits)} abnormal images that were called so ({np.mean(hits):.0%}; "
             f"chance {np.mean(chance):.0%})")
@@ -3505,11 +3496,11 @@ def evaluate_command(config: Config, stop: StopSignals) -> int:
 
 def predict_command(config: Config, stop: StopSignals) -> int:
     """Classify and explain what --predict names."""
-    cases = list(collect_cases(config.predict))
+    inputs = list(collect_inputs(config.predict))
     predictor = Predictor(config, stop)
-    single, figures = len(cases) == 1, config.figure
+    single, figures = len(inputs) == 1, config.figure
     if single and (figures is None or figures.is_dir()):
-        figures = (figures or Path()) / f"{figure_stem(cases[0].path)}{HEATMAP_ENDING}"
+        figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
     show = can_show(config)
@@ -3517,16 +3508,15 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     rows: list[dict[str, Any]] = []
     cams: dict[str, Any] = {}
     try:
-        with progress_bar(total=len(cases), desc="predict", unit="input") as bar:
-            for result in predictor.results(cases, explain=bool(figures or show or config.save_cam)):
+        with progress_bar(total=len(inputs), desc="predict", unit="input") as bar:
+            for result in predictor.results(inputs):
                 print_result(result)
                 rows.append(result.row())
-                if config.save_cam:
-                    name = partial(str.encode, errors="backslashreplace")  # an archive's names are text, a file's any bytes
-                    cams.update({name(str(seen.path)).decode(): seen.evidence for seen in result.findings
-                                 if seen.evidence is not None})
-                if figures and not math.isnan(result.probability):
-                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.case.path)}.png"
+                for seen in result.readable if config.save_cam else ():
+                    name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
+                    cams[name] = seen.evidence
+                if figures and result.readable:
+                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}.png"
                     explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
                 bar.update()
     finally:  # what was predicted before a stop is kept
@@ -3546,13 +3536,12 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     trained = replace(config, data_dir=root, demo=None)
     train_command(trained, stop)
     boxes = lesion_boxes(root)
-    results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
+    results = list(Predictor(trained, stop).results([(path, (path,)) for path in boxes]))
     found = [result for result in results if result.label] or results
-    say(pointing_game(found, boxes, trained))
-    result, show = found[0], can_show(trained)
-    path, box = result.case.path, boxes[result.case.path]
-    print_result(result)
-    explain_result(result, trained.figure or folder / "demo_heatmap.png", trained, show=show, boxes={path.name: box})
+    say(pointing_game(found, boxes))
+    show = can_show(trained)
+    print_result(found[0])
+    explain_result(found[0], trained.figure or folder / "demo_heatmap.png", trained, show=show, box=boxes[found[0].path])
     say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
     if show:
         show_windows()
