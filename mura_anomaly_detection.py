@@ -2684,10 +2684,6 @@ def write_phantoms(
 
 # ===== 13 training runs ==============================================================================================
 
-HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "val_kappa", "lr",
-                   "images_per_second", "seconds")
-ENDINGS = {"model": ".pth", "state": ".last.pth", "history": ".history.csv", "curves": ".history.png", "split": ".split.csv"}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -2724,21 +2720,28 @@ def announce(index: Index) -> None:
         note(text)
 
 
-def decode_split(run: Run, views: Sequence[View], size: int, fit: str, split: str) -> Decoded:
+def decode_split(run: Run, index: Index, size: int, fit: str) -> Decoded:
     """Open or build the cache of a split; under torchrun the first process of each machine builds, the others wait."""
     config, builds = replace(run.config, fit=fit), run.processes.local_rank == 0
     if not builds:
         run.processes.wait()
-    decoded = open_cache(views, size, config, run.root, run.stop, build=builds)
+    decoded = open_cache(index.views, size, config, run.root, run.stop, build=builds)
     if builds:
         run.processes.wait()
-    check_bad_images(decoded, run.root / split, config)
+    check_bad_images(decoded, run.root / index.split, config)
     return decoded
 
 
-def path_of(config: Config, name: str) -> Path:
-    """Name a file of a training run: one of ENDINGS."""
-    return config.stem.with_name(config.stem.name + ENDINGS[name])
+def path_of(config: Config, ending: str) -> Path:
+    """Name a file of a run: STEM and an ending such as .last.pth."""
+    return Path(f"{config.stem}{ending}")
+
+
+def write_split(config: Config, train_views: Sequence[View], val_views: Sequence[View]) -> None:
+    """Write STEM.split.csv: the side of each patient."""
+    sides = {view.patient: "train" for view in train_views} | {view.patient: "val" for view in val_views}
+    rows = ({"patient": name, "split": sides[name]} for name in sorted(sides))
+    write_csv(path_of(config, ".split.csv"), rows, ("patient", "split"))
 
 
 def earlier_patients(weights: str) -> set[str]:
@@ -2760,48 +2763,60 @@ class Session:
     """
 
     def __init__(
-        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int = 0
+        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int
     ) -> None:
         self.run, self.config, self.size, self.train_set, self.val_set = run, run.config, size, train, val
         self.bad_images = bad_images
-        self.files = {name: path_of(run.config, name) for name in ENDINGS}
         self.seen = earlier_patients(run.config.weights)
         again = self.seen & {view.patient for view in val.views}
         if again:
             note(f"--weights {run.config.weights}: that model has seen {len(again)} patients of val; validation, temperature "
                  "and the choice of the best epoch will be too hopeful")
         self.weights = class_weights(train.views)
-        self.normalization = choose_normalization(run.config.normalization, train)
-        steps = run.config.epochs * -(-len(train) // run.config.batch_size)
+        self.batches = -(-len(train) // run.config.batch_size)  # of an epoch
         self.trainer = Trainer(
-            run.arithmetic.prepare(network), run.config, run.arithmetic, self.normalization, steps, run.processes
+            run.arithmetic.prepare(network), run.config, run.arithmetic,
+            choose_normalization(run.config.normalization, train), run.config.epochs * self.batches, run.processes,
         )
         self.saved_at = time.monotonic()
 
     def settings(self) -> dict[str, Any]:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
-        same = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
-        data = "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set))
-        chosen = {"model": self.trainer.network.model, "image_size": self.size,
-                  "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks})}
-        return {**same, **chosen, "data": data}
+        flags = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
+        return flags | {
+            "model": self.trainer.network.model, "image_size": self.size,
+            "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
+            "data": "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set)),
+        }
 
     def resume(self) -> None:
-        """Take over the state in STEM.last.pth.
+        """Continue from STEM.last.pth, with --resume auto only if it is there.
 
         Raises:
-            UserError: there is none (unless --resume auto), or it belongs to other data, flags or another version.
+            UserError: it is not there, cannot be continued from, or is not seen by all processes.
         """
-        file = self.files["state"]
-        if not file.exists():
-            if self.config.resume == "auto":
-                return
+        file = path_of(self.config, ".last.pth")
+        if file.exists():
+            self.take_over(file)
+        elif self.config.resume == "required":
             raise UserError(f"--resume: there is no {file}; --resume auto starts afresh in such a case")
-        state, now = read_tensors(file, "state"), self.settings()
+        progress = self.trainer.progress
+        places = self.run.processes.gather([np.array([progress.epoch, progress.batch])])
+        if len(np.unique(places, axis=0)) > 1:
+            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
+                            "machines share", EXIT_FAILED)
+
+    def take_over(self, file: Path) -> None:
+        """Take over the state of an earlier run.
+
+        Raises:
+            UserError: it belongs to other data, flags or another version.
+        """
+        state = read_tensors(file, "state")
         try:
             then = state["settings"]
-            names = [name for name in now if then.get(name) != now[name]]
-            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in names]
+            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
+                     for name, value in self.settings().items() if then.get(name) != value]
             if other:
                 raise UserError(f"--resume {file}: {'; '.join(other)}; give the same flags and data, or another --checkpoint")
             self.trainer.load_state_dict(state["trainer"])
@@ -2811,24 +2826,12 @@ class Session:
         progress = self.trainer.progress
         say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
 
-    def stand_together(self) -> None:
-        """Check that all processes begin at the same batch.
-
-        Raises:
-            UserError: they do not, for they do not see the same STEM.last.pth.
-        """
-        here = float(self.trainer.progress.epoch * 10**7 + self.trainer.progress.batch)
-        total = self.run.processes.total(torch.tensor([here], dtype=torch.float64, device=self.run.arithmetic.device))[0]
-        if abs(total - here * self.run.processes.world) > 0.5:
-            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
-                            "machines share", EXIT_FAILED)
-
     def save_state(self) -> None:
         """Write STEM.last.pth; the first process only."""
         self.saved_at = time.monotonic()
         if self.run.processes.rank == 0:
             state = {"kind": "state", "settings": self.settings(), "trainer": self.trainer.state_dict()}
-            write_tensors(self.files["state"], state)
+            write_tensors(path_of(self.config, ".last.pth"), state)
 
     def pause(self, bar: Any, stopping: bool, count: int = 1) -> None:
         """Between two batches: save the state when it is time, or when the run is to stop; then stop."""
@@ -2838,24 +2841,20 @@ class Session:
         if stopping:
             self.run.stop.check()
 
-    def write_split(self, train_views: Sequence[View], val_views: Sequence[View]) -> None:
-        """Write STEM.split.csv."""
-        sides = {view.patient: "train" for view in train_views} | {view.patient: "val" for view in val_views}
-        rows = ({"patient": name, "split": sides[name]} for name in sorted(sides))
-        write_csv(self.files["split"], rows, ("patient", "split"))
-
     def train(self) -> None:
         """Run the epochs that are left."""
         weights = loss_weights(self.train_set.views, self.weights)
         feed, val_feed = (Feed(dataset, self.run.arithmetic.device) for dataset in (self.train_set, self.val_set))
         progress = self.trainer.progress
         while not self.finished():
-            with progress_bar(total=-(-len(feed.dataset) // self.config.batch_size), initial=progress.batch,
-                              desc=f"epoch {progress.epoch + 1}/{self.config.epochs}", unit="batch") as bar:
+            name = f"epoch {progress.epoch + 1}/{self.config.epochs}"
+            with progress_bar(total=self.batches, initial=progress.batch, desc=name, unit="batch") as bar:
                 train_epoch(self.trainer, feed, weights, self.run.stop, partial(self.pause, bar))
-            self.end_epoch(*self.validate(feed, val_feed))
-        if self.run.processes.rank == 0 and progress.history:
-            with atomic_write(self.files["curves"]) as file:
+            began = time.perf_counter()
+            logits = self.validate(feed, val_feed)
+            self.end_epoch(logits, time.perf_counter() - began)
+        if self.run.processes.rank == 0:
+            with atomic_write(path_of(self.config, ".history.png")) as file:
                 draw_history(progress.history, file)
         self.run.processes.wait()  # the others read the model next, which the first has written
 
@@ -2865,22 +2864,19 @@ class Session:
         waited = progress.epoch - progress.best_epoch
         return progress.epoch >= self.config.epochs or (0 < self.config.patience <= waited)
 
-    def validate(self, train_feed: Feed, val_feed: Feed) -> tuple[np.ndarray, float]:
-        """Make the network ready for new images and compute the logits of val, (N,); also the seconds that took."""
-        began, processes, config = time.perf_counter(), self.run.processes, self.config
+    def validate(self, train_feed: Feed, val_feed: Feed) -> np.ndarray:
+        """Make the network ready for new images and compute the logits of val, (N,)."""
+        processes, config, network = self.run.processes, self.config, self.trainer.network
         alone = processes.world == 1  # several stop together, in the next epoch
-        images = min(config.settle, len(train_feed.dataset)) + len(val_feed.dataset)
+        images = min(config.settle, len(self.train_set)) + len(self.val_set)
         with progress_bar(total=images, desc="validation", unit="image") as bar:
             def tick(count: int) -> None:
                 self.pause(bar, alone and bool(self.run.stop.signum), count)
 
-            given = self.run.arithmetic, self.normalization
-            settle_statistics(self.trainer.network, train_feed, *given, config.batch_size, config.settle, config.seed, tick)
-            processes.same_buffers(self.trainer.network)
-            logits = predict_logits(
-                self.trainer.network, val_feed, *given, config.scoring_batch, processes=processes, tick=tick
-            )
-        return logits, time.perf_counter() - began
+            given = self.run.arithmetic, self.trainer.normalization
+            settle_statistics(network, train_feed, *given, config.batch_size, config.settle, config.seed, tick)
+            processes.same_buffers(network)
+            return predict_logits(network, val_feed, *given, config.scoring_batch, processes=processes, tick=tick)
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -2891,7 +2887,7 @@ class Session:
         if self.run.processes.rank == 0:
             if best:
                 self.save_model(logits)
-            write_csv(self.files["history"], progress.history, HISTORY_COLUMNS)
+            write_csv(path_of(self.config, ".history.csv"), progress.history, list(row))
         self.save_state()
 
     def history_row(self, logits: np.ndarray, seconds: float) -> dict[str, float | None]:
@@ -2900,18 +2896,18 @@ class Session:
         if not np.isfinite(logits).all():
             raise UserError(f"the network's output is not finite after epoch {progress.epoch + 1}; nothing was saved of it. "
                             "Try a lower --lr or --precision fp32", EXIT_FAILED)
-        weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights)).double()
-        loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights.float()).item() / len(labels)
+        weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights))
+        loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights).item() / len(labels)
         studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits)))
         figures = score(studies.label, studies.probability, 0.5)
-        auroc, kappa = (float(figures[name][0]) for name in ("auroc", "kappa"))
-        values = (
-            progress.epoch + 1, progress.loss / progress.seen, progress.correct / progress.seen,
-            loss, float(((logits > 0) == labels).mean()), None if math.isnan(auroc) else auroc,
-            None if math.isnan(kappa) else kappa, progress.lr, progress.seen / max(progress.seconds, 1e-9),
-            progress.seconds + seconds,
-        )
-        return dict(zip(HISTORY_COLUMNS, values, strict=True))
+        auroc, kappa = (None if np.isnan(figures[name]) else float(figures[name][0]) for name in ("auroc", "kappa"))
+        return {
+            "epoch": progress.epoch + 1,
+            "train_loss": progress.loss / progress.seen, "train_accuracy": progress.correct / progress.seen,
+            "val_loss": loss, "val_accuracy": float(((logits > 0) == labels).mean()),
+            "val_auroc": auroc, "val_kappa": kappa, "lr": progress.lr,
+            "images_per_second": progress.seen / progress.seconds, "seconds": progress.seconds + seconds,
+        }
 
     def save_model(self, logits: np.ndarray) -> None:
         """Write STEM.pth, with the temperature, and where asked for the threshold, fitted on val."""
@@ -2921,9 +2917,9 @@ class Session:
             studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits, temperature)))
             threshold, source = best_threshold(studies.label, studies.probability), "val"
         progress = self.trainer.progress
-        write_tensors(self.files["model"], {
+        write_tensors(self.config.checkpoint[0], {
             "kind": "model", "model": self.trainer.network.model, "image_size": self.size, "fit": self.config.fit,
-            "normalization": asdict(self.normalization), "classes": list(CLASSES), "temperature": temperature,
+            "normalization": asdict(self.trainer.normalization), "classes": list(CLASSES), "temperature": temperature,
             "threshold": float(threshold), "threshold_source": source, "epoch": progress.epoch, "history": progress.history,
             "parts": sorted({view.part for view in self.train_set.views}), "settings": self.settings(),
             "patients": {"train": sorted(self.seen | {view.patient for view in self.train_set.views}),
@@ -2992,17 +2988,15 @@ def report_notes(split: str, source: str) -> list[str]:
 
 def write_scored(path: Path, images: Scored, split: str) -> None:
     """Write a row per image: path, part, patient, study, label, probability."""
-    columns = ("path", "part", "patient", "study", "label", "probability")
-    places = [f"{split}/{name}" for name in images.path]
-    rest = (getattr(images, name).tolist() for name in columns[1:])
-    write_csv(path, (dict(zip(columns, row, strict=True)) for row in zip(places, *rest, strict=True)), columns)
+    columns = vars(images) | {"path": [f"{split}/{name}" for name in images.path]}
+    rows = zip(*columns.values(), strict=True)
+    write_csv(path, (dict(zip(columns, row, strict=True)) for row in rows), list(columns))
 
 
 def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
     """Evaluate members and ensemble; print the table and write STEM.valid.csv, STEM.report.json and STEM.report.png."""
-    config, stem = run.config, run.config.stem
+    config, names = run.config, [str(member.path) for member in members]
     threshold, source = choose_threshold(config, members)
-    names = [str(member.path) for member in members]
     images = replace(alone[0], probability=np.mean([scored.probability for scored in alone], axis=0))
     warned = seen_in_training(members, set(images.patient.tolist()), split)
     for text in warned:
@@ -3017,15 +3011,15 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
     if len(members) > 1:
         report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
     say(format_table(report))
-    table, written = stem.with_name(f"{stem.name}.{split}.csv"), stem.with_name(f"{stem.name}.report.json")
+    table, written, figure = (path_of(config, ending) for ending in (f".{split}.csv", ".report.json", ".report.png"))
     write_scored(table, images, split)
     write_json(written, report)
-    with atomic_write(written.with_suffix(".png")) as file:
+    with atomic_write(figure) as file:
         draw_report(report, images, file)
-    say(f"written: {table}, {written}, {written.with_suffix('.png')}")
+    say(f"written: {table}, {written}, {figure}")
 
 
-def score_split(run: Run, members: Sequence[Member], split: str) -> int:
+def score_split(run: Run, members: Sequence[Member], split: str) -> None:
     """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
     config = run.config
     index = index_split(run.root, split, config.tasks)
@@ -3033,7 +3027,7 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> int:
     by_name: list[dict[str, float]] = []
     bad: dict[str, str] = {}
     for member in members:
-        decoded = decode_split(run, index.views, member.image_size, member.fit, split)
+        decoded = decode_split(run, index, member.image_size, member.fit)
         bad |= decoded.bad
         dataset = MuraDataset(decoded)
         with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
@@ -3047,7 +3041,6 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> int:
         alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
         write_report(run, members, split, alone, bad)
     run.processes.wait()
-    return EXIT_DONE
 
 
 # ===== 15 prediction =================================================================================================
@@ -3057,63 +3050,78 @@ WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
 
 
-@dataclass(frozen=True)
-class Case:
-    """One input of --predict: an image, or a study with its views; or nothing, and why."""
-
-    path: Path
-    views: tuple[Path, ...]
-    error: str = ""
+Input = tuple[Path, tuple[Path, ...]]  # what is asked about: an image, or a study with its views; a folder without any has none
+Look = tuple[float, Tensor, int, str]  # a model's: probability, evidence (h, w) in logits, size and fit of what it looked at
 
 
-def collect_cases(paths: Iterable[Path]) -> Iterator[Case]:
-    """Expand files, folders and study folders, in the order given and natural order within folders.
-
-    A folder named study1, study1_positive, ... is one study; any other is searched, and its images stand for themselves.
-    """
+def collect_inputs(paths: Iterable[Path]) -> Iterator[Input]:
+    """Expand files, folders and study folders, in the order given and natural order within folders."""
     for path in paths:
-        if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
-            yield Case(path, (path,))
-            continue
-        empty = True
-        for folder, names, _ in os.walk(path):
-            inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
-            names[:] = sorted(inner, key=natural_key)
-            images = tuple(Path(folder) / name for name in image_names(folder))
-            empty = empty and not images
-            if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
-                yield Case(Path(folder), images)
-            else:
-                yield from (Case(image, (image,)) for image in images)
-        if empty:
-            yield Case(path, (), "holds no images")
+        if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
+            yield from list(search_folder(path)) or [(path, ())]
+        else:
+            yield path, (path,)
+
+
+def search_folder(top: Path) -> Iterator[Input]:
+    """Find images and studies: a folder named study1, study1_positive, ... is one, in any other each image is by itself."""
+    for folder, names, _ in os.walk(top):
+        inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
+        names[:] = sorted(inner, key=natural_key)
+        images = tuple(Path(folder) / name for name in image_names(folder))
+        if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
+            yield Path(folder), images
+        else:
+            yield from ((image, (image,)) for image in images)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one view: pixels (H, W) uint8, mean probability and evidence (H, W) of the models, or why it failed."""
+    """One view: what was read and what the models say of it, or why it could not be read.
+
+    Attributes:
+        path: of the image.
+        pixels: (H, W) uint8.
+        squares: network inputs (S, S) uint8, by size and fit.
+        error: why it could not be read; all else is then empty.
+        looks: one of each model.
+    """
 
     path: Path
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-    probability: float = math.nan
-    evidence: np.ndarray | None = None
+    pixels: np.ndarray
+    squares: dict[tuple[int, str], np.ndarray]
     error: str = ""
-    squares: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)  # network inputs, by size and fit
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def probability(self) -> float:
+        """Of abnormal: the mean over the models."""
+        return float(np.mean([probability for probability, *_ in self.looks]))
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """For abnormal, on the original's pixels (H, W), logits: the mean over the models."""
+        heat = [heat_on_image(evidence, size, fit, *self.pixels.shape) for _, evidence, size, fit in self.looks]
+        return np.asarray(np.mean(heat, axis=0))
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case with its findings; a study's probability is the mean over its readable views."""
+    """An input with its findings; a study's probability is the mean over its readable views."""
 
-    case: Case
+    path: Path
     findings: tuple[Finding, ...]
     threshold: float
 
     @property
+    def readable(self) -> list[Finding]:
+        """The views that have a probability."""
+        return [finding for finding in self.findings if not finding.error]
+
+    @property
     def probability(self) -> float:
         """Of abnormal; NaN where no view could be read."""
-        values = [finding.probability for finding in self.findings if not finding.error]
-        return float(np.mean(values)) if values else math.nan
+        return float(np.mean([finding.probability for finding in self.readable])) if self.readable else math.nan
 
     @property
     def label(self) -> int:
@@ -3133,17 +3141,16 @@ class Result:
 
     @property
     def error(self) -> str:
-        """Why the case, or some of its views, failed."""
-        failed = [finding for finding in self.findings if finding.error]
-        if len(self.findings) == 1 and failed:
-            return failed[0].error
-        return self.case.error or "; ".join(f"{finding.path.name}: {finding.error}" for finding in failed)
+        """Why the input, or some of its views, failed."""
+        if len(self.findings) == 1:
+            return self.findings[0].error
+        failed = [f"{finding.path.name}: {finding.error}" for finding in self.findings if finding.error]
+        return "; ".join(failed) if self.findings else "holds no images"
 
     def row(self) -> dict[str, Any]:
         """Give the row of --output."""
-        known = not math.isnan(self.probability)
-        said = (CLASSES[self.label], self.confidence, self.probability) if known else (None, None, None)
-        return dict(zip(RESULT_COLUMNS, (str(self.case.path), *said, self.error or None), strict=True))
+        said = (CLASSES[self.label], self.confidence, self.probability) if self.readable else (None, None, None)
+        return dict(zip(RESULT_COLUMNS, (str(self.path), *said, self.error or None), strict=True))
 
 
 def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
@@ -3151,23 +3158,11 @@ def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
     try:
         pixels = read_radiograph(path)
     except BadImage as error:
-        return Finding(path, error=str(error))
+        return Finding(path, np.zeros((0, 0), np.uint8), {}, str(error))
     doubt = unlike_radiograph(path, pixels)
     if doubt:
         note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels, squares={(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
-
-
-def blocks_of(cases: Iterable[Case], batch_size: int) -> Iterator[list[Case]]:
-    """Group cases so that each group fills at least one batch."""
-    block: list[Case] = []
-    for case in cases:
-        block.append(case)
-        if sum(len(item.views) for item in block) >= batch_size:
-            yield block
-            block = []
-    if block:
-        yield block
+    return Finding(path, pixels, {(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
 
 
 class Predictor:
@@ -3179,33 +3174,25 @@ class Predictor:
         self.members = load_members(config, self.arithmetic)
         self.threshold, _ = choose_threshold(config, self.members)
 
-    def results(self, cases: Sequence[Case], *, explain: bool) -> Iterator[Result]:
-        """Yield a result for each case, in order; images are decoded in threads while others are classified."""
+    def results(self, inputs: Sequence[Input]) -> Iterator[Result]:
+        """Yield a result for each input, in order; images are decoded in threads while others are classified."""
         shapes = {(member.image_size, member.fit) for member in self.members}
-        views = (path for case in cases for path in case.views)
+        paths = (path for _, views in inputs for path in views)
         workers, ahead = self.config.workers or core_count(), self.config.scoring_batch
-        read = map_ahead(partial(read_finding, shapes=shapes), views, workers, ahead)
-        for block in blocks_of(cases, self.config.scoring_batch):
-            found = iter(self.classify(list(itertools.islice(read, sum(len(case.views) for case in block))), explain=explain))
+        found = self.classify(map_ahead(partial(read_finding, shapes=shapes), paths, workers, ahead))
+        for path, views in inputs:
+            yield Result(path, tuple(itertools.islice(found, len(views))), self.threshold)
+
+    def classify(self, findings: Iterator[Finding]) -> Iterator[Finding]:
+        """Have all models look at what could be read, a batch at a time; the order stays."""
+        while batch := list(itertools.islice(findings, self.config.scoring_batch)):
+            readable = [finding for finding in batch if not finding.error]
+            looks = zip(*(self.look(member, readable) for member in self.members if readable), strict=True)
             self.stop.check()
-            for case in block:
-                yield Result(case, tuple(itertools.islice(found, len(case.views))), self.threshold)
+            yield from (finding if finding.error else replace(finding, looks=next(looks)) for finding in batch)
 
-    def classify(self, findings: Sequence[Finding], *, explain: bool) -> list[Finding]:
-        """Fill in probabilities, and maps, of the findings that could be read."""
-        readable = [finding for finding in findings if not finding.error]
-        done: dict[int, Finding] = {}
-        for i in range(0, len(readable), self.config.scoring_batch):
-            batch = readable[i : i + self.config.scoring_batch]
-            seen = [self.look(member, batch, explain) for member in self.members]
-            probabilities = np.mean([probability for probability, _ in seen], axis=0)
-            evidence = [np.mean(maps, axis=0) for maps in zip(*(maps for _, maps in seen), strict=True)] or [None] * len(batch)
-            for finding, probability, heat in zip(batch, probabilities, evidence, strict=True):
-                done[id(finding)] = replace(finding, probability=float(probability), evidence=heat)
-        return [done.get(id(finding), finding) for finding in findings]
-
-    def look(self, member: Member, batch: Sequence[Finding], explain: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Compute a member's calibrated probabilities (B,) and, if asked for, its evidence on the pixels of each original."""
+    def look(self, member: Member, batch: Sequence[Finding]) -> list[Look]:
+        """Look at a batch with one model, calibrated."""
         squares = np.stack([finding.squares[member.image_size, member.fit] for finding in batch])
         images = member.normalization(to_unit(torch.from_numpy(squares)[:, None].to(self.arithmetic.device)))
         with self.arithmetic.autocast():
@@ -3213,11 +3200,9 @@ class Predictor:
             if self.config.tta:
                 mirrored, mirrored_evidence = grad_cam(member.network, images.flip(3))
                 logits, evidence = (logits + mirrored) / 2, (evidence + mirrored_evidence.flip(2)) / 2
-        places = zip(evidence, batch, strict=True) if explain else ()
-        return sigmoid(logits.cpu().double().numpy(), member.temperature), [
-            heat_on_image(values / member.temperature, member.image_size, member.fit, *finding.pixels.shape)
-            for values, finding in places
-        ]
+        probabilities = sigmoid(logits.cpu().double().numpy(), member.temperature).tolist()
+        evidence = evidence / member.temperature
+        return [(*pair, member.image_size, member.fit) for pair in zip(probabilities, evidence, strict=True)]
 
 
 def figure_stem(path: Path) -> str:
@@ -3227,32 +3212,33 @@ def figure_stem(path: Path) -> str:
 
 
 def print_result(result: Result) -> None:
-    """Print a case, a line on stdout (and one for each view of a study), or on stderr why it failed."""
+    """Print an input, a line on stdout (and one for each view of a study), or on stderr why it failed."""
     if result.error:
-        note(f"{result.case.path}: {result.error}")
-    if math.isnan(result.probability):
+        note(f"{result.path}: {result.error}")
+    if not result.readable:
         return
-    views = f", {len(result.findings)} views" if len(result.findings) > 1 else ""
-    say(f"{result.case.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
-    for finding in result.findings if len(result.findings) > 1 else ():
-        if not finding.error:
-            say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
+    is_study = len(result.findings) > 1
+    views = f", {len(result.findings)} views" if is_study else ""
+    say(f"{result.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
+    for finding in result.readable if is_study else ():
+        say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
 
 
-def explain_result(result: Result, file: Path, config: Config, *, show: bool, boxes: dict[str, Any] | None = None) -> None:
-    """Save original | heatmap | overlay of a case, a row a view."""
-    part = next((piece for piece in result.case.path.resolve().parts if piece.upper().startswith("XR_")), "")
+def explain_result(
+    result: Result, file: Path, config: Config, *, show: bool, box: tuple[int, int, int, int] | None = None
+) -> None:
+    """Save original | heatmap | overlay of an input, a row a view."""
+    part = next((piece for piece in result.path.resolve().parts if piece.upper().startswith("XR_")), "")
     explained = CLASSES[result.label] if config.cam_class == "predicted" else config.cam_class
     sign = 1 if explained == "abnormal" else -1
-    name = "/".join(result.case.path.parts[-4:])
-    heading = f"{name}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
+    heading = f"{'/'.join(result.path.parts[-4:])}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
     panels = [
-        Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}",
-              (boxes or {}).get(seen.path.name))
-        for seen in result.findings if seen.evidence is not None
+        Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}", box)
+        for seen in result.readable[:FIGURE_ROWS]
     ]
-    save_explanation(file, panels[:FIGURE_ROWS], heading, f"evidence for {explained}, logits", show=show)
-    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {len(panels)} views)" if len(panels) > FIGURE_ROWS else ""))
+    save_explanation(file, panels, heading, f"evidence for {explained}, logits", show=show)
+    count = len(result.readable)
+    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""))
 
 
 def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str, Any]) -> None:
@@ -3289,7 +3275,7 @@ def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
     }
 
 
-def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]], config: Config) -> str:
+def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]]) -> str:
     """Say how often the evidence for abnormal peaks on the lesion (arXiv 1608.00507), and how often chance would.
 
     A hit is a peak no farther from the box than half a cell of the network's map, which is as fine as a map can point;
@@ -3297,14 +3283,12 @@ def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, i
     """
     hits, chance = [], []
     for result in results:
-        evidence = result.findings[0].evidence
-        if evidence is None:
-            continue
-        slack = max(evidence.shape) * MAP_STRIDE / (config.image_size or PAPER_SIZE) / 2
-        left, top, right, bottom = np.array(boxes[result.case.path]) + slack * np.array((-1, -1, 1, 1))
-        y, x = np.mgrid[: evidence.shape[0], : evidence.shape[1]]
+        evidence, (_, _, size, _) = result.findings[0].evidence, result.findings[0].looks[0]
+        slack = max(evidence.shape) * MAP_STRIDE / size / 2
+        left, top, right, bottom = np.array(boxes[result.path]) + slack * np.array((-1, -1, 1, 1))
+        y, x = np.indices(evidence.shape)
         inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
-        hits.append(inside.ravel()[evidence.argmax()])
+        hits.append(inside.flat[evidence.argmax()])
         chance.append(inside.mean())
     return (f"heat peaks on the lesion in {sum(hits)} of {len(hits)} abnormal images that were called so ({np.mean(hits):.0%}; "
             f"chance {np.mean(chance):.0%})")
@@ -3372,12 +3356,14 @@ def train_command(config: Config, stop: StopSignals) -> int:
     announce(index)
     train_views, val_views = split_patients(index.views, config.val_split, config.seed)
     class_weights(train_views)  # both classes must be there: said before the long work
-    if (run.root / "valid").is_dir():
+    has_test = (run.root / "valid").is_dir()
+    if has_test:
         index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
-    resumes = bool(config.resume) and path_of(config, "state").exists()  # its weights replace the initial ones
+    state = path_of(config, ".last.pth")
+    resumes = config.resume and state.exists()  # its weights replace the initial ones
     network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
     size = choose_image_size(index.views, config.image_size)
-    decoded = decode_split(run, index.views, size, config.fit, "train")
+    decoded = decode_split(run, index, size, config.fit)
     train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
     for name, dataset in (("train", train), ("val", val)):
         if not len(dataset):
@@ -3387,31 +3373,32 @@ def train_command(config: Config, stop: StopSignals) -> int:
     session = Session(run, network, train, val, size, len(decoded.bad))
     if config.resume:
         session.resume()
-        session.stand_together()
-    elif session.files["state"].exists():
-        say(f"{session.files['state']}: holds an earlier run, which this one replaces; --resume would continue it")
+    elif state.exists():
+        say(f"{state}: holds an earlier run, which this one replaces; --resume would continue it")
     if run.processes.rank == 0:
-        session.write_split(train_views, val_views)
+        write_split(config, train_views, val_views)
     session.train()
-    if not (run.root / "valid").is_dir():
+    if has_test:
+        score_split(run, load_members(config, run.arithmetic), "valid")
+    else:
         note(f"{run.root}: has no valid/, so there is no held-out test to score")
-        return EXIT_DONE
-    return score_split(run, [load_member(session.files["model"], run.arithmetic)], "valid")
+    return EXIT_DONE
 
 
 def evaluate_command(config: Config, stop: StopSignals) -> int:
     """Score saved models on a split."""
     run = start_run(config, stop)
-    return score_split(run, load_members(config, run.arithmetic), config.split)
+    score_split(run, load_members(config, run.arithmetic), config.split)
+    return EXIT_DONE
 
 
 def predict_command(config: Config, stop: StopSignals) -> int:
     """Classify and explain what --predict names."""
-    cases = list(collect_cases(config.predict))
+    inputs = list(collect_inputs(config.predict))
     predictor = Predictor(config, stop)
-    single, figures = len(cases) == 1, config.figure
+    single, figures = len(inputs) == 1, config.figure
     if single and (figures is None or figures.is_dir()):
-        figures = (figures or Path()) / f"{figure_stem(cases[0].path)}{HEATMAP_ENDING}"
+        figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
     show = can_show(config)
@@ -3419,16 +3406,15 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     rows: list[dict[str, Any]] = []
     cams: dict[str, Any] = {}
     try:
-        with progress_bar(total=len(cases), desc="predict", unit="input") as bar:
-            for result in predictor.results(cases, explain=bool(figures or show or config.save_cam)):
+        with progress_bar(total=len(inputs), desc="predict", unit="input") as bar:
+            for result in predictor.results(inputs):
                 print_result(result)
                 rows.append(result.row())
-                if config.save_cam:
-                    name = partial(str.encode, errors="backslashreplace")  # an archive's names are text, a file's any bytes
-                    cams.update({name(str(seen.path)).decode(): seen.evidence for seen in result.findings
-                                 if seen.evidence is not None})
-                if figures and not math.isnan(result.probability):
-                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.case.path)}.png"
+                for seen in result.readable if config.save_cam else ():
+                    name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
+                    cams[name] = seen.evidence
+                if figures and result.readable:
+                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}.png"
                     explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
                 bar.update()
     finally:  # what was predicted before a stop is kept
@@ -3448,13 +3434,12 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     trained = replace(config, data_dir=root, demo=None)
     train_command(trained, stop)
     boxes = lesion_boxes(root)
-    results = list(Predictor(trained, stop).results([Case(path, (path,)) for path in boxes], explain=True))
+    results = list(Predictor(trained, stop).results([(path, (path,)) for path in boxes]))
     found = [result for result in results if result.label] or results
-    say(pointing_game(found, boxes, trained))
-    result, show = found[0], can_show(trained)
-    path, box = result.case.path, boxes[result.case.path]
-    print_result(result)
-    explain_result(result, trained.figure or folder / "demo_heatmap.png", trained, show=show, boxes={path.name: box})
+    say(pointing_game(found, boxes))
+    show = can_show(trained)
+    print_result(found[0])
+    explain_result(found[0], trained.figure or folder / "demo_heatmap.png", trained, show=show, box=boxes[found[0].path])
     say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
     if show:
         show_windows()

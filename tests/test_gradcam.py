@@ -263,8 +263,8 @@ def found(demo: tuple[Path, str]) -> list[tuple[mad.Result, tuple[int, int, int,
     """Abnormal phantoms of unseen patients that the demo's model calls abnormal, with the box of the lesion."""
     config = mad.parse_options(["--predict", str(demo[0]), "--checkpoint", str(demo[0] / "demo.pth"), "--device", "cpu"])
     boxes = mad.lesion_boxes(demo[0] / "MURA-v1.1")
-    results = mad.Predictor(config, mad.StopSignals()).results([mad.Case(path, (path,)) for path in boxes], explain=True)
-    called = [(result, boxes[result.case.path]) for result in results if result.label]
+    results = mad.Predictor(config, mad.StopSignals()).results([(path, (path,)) for path in boxes])
+    called = [(result, boxes[result.path]) for result in results if result.label]
     assert len(called) >= 20
     return called
 
@@ -295,7 +295,6 @@ def test_deleting_the_hottest_pixels_costs_more_than_deleting_the_coldest(demo: 
 
     def deleted(result: mad.Result, hottest: bool) -> np.ndarray:
         finding = result.findings[0]
-        assert finding.evidence is not None
         order = np.argsort(finding.evidence, axis=None)
         chosen = order[-finding.pixels.size // 5 :] if hottest else order[: finding.pixels.size // 5]
         blurred = np.asarray(Image.fromarray(finding.pixels).filter(ImageFilter.GaussianBlur(12)))

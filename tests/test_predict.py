@@ -115,10 +115,14 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def collected(*paths: Path, root: Path) -> list[tuple[str, list[str], str]]:
-    """Collect cases, as path, views and error, relative to a folder."""
+    """Collect inputs, as path, views and the error of one without views, relative to a folder."""
     return [
-        (case.path.relative_to(root).as_posix(), [v.relative_to(root).as_posix() for v in case.views], case.error)
-        for case in mad.collect_cases(paths)
+        (
+            path.relative_to(root).as_posix(),
+            [view.relative_to(root).as_posix() for view in views],
+            "" if views else mad.Result(path, (), 0.5).error,
+        )
+        for path, views in mad.collect_inputs(paths)
     ]
 
 
@@ -150,7 +154,7 @@ def test_named_file_is_an_input_whatever_it_is_called(tmp_path: Path) -> None:
     ]
 
 
-def test_folders_without_images_are_a_case_each(tmp_path: Path) -> None:
+def test_folders_without_images_are_an_input_each(tmp_path: Path) -> None:
     tree(tmp_path, "empty/sub/notes.txt")
     assert collected(tmp_path / "empty", root=tmp_path) == [("empty", [], "holds no images")]
 
@@ -163,20 +167,21 @@ def test_folder_named_like_an_image_is_listed_not_entered(tmp_path: Path) -> Non
 def test_study_folder_is_known_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path, "study1/image1.png", "study1/image2.png")
     monkeypatch.chdir(tmp_path / "study1")
-    assert [len(case.views) for case in mad.collect_cases([Path()])] == [2]
+    assert [len(views) for _, views in mad.collect_inputs([Path()])] == [2]
 
 
 # ----- records
 
 
-def finding(probability: float = float("nan"), error: str = "", name: str = "a.png") -> mad.Finding:
-    """Make a finding."""
-    return mad.Finding(Path(name), np.zeros((2, 2), np.uint8), probability, None, error)
+def finding(probability: float | None = None, error: str = "", name: str = "a.png") -> mad.Finding:
+    """Make a finding of one model."""
+    looks = () if probability is None else ((probability, torch.zeros(2, 2), 64, "stretch"),)
+    return mad.Finding(Path(name), np.zeros((2, 2), np.uint8), {}, error, looks)
 
 
-def result(*findings: mad.Finding, threshold: float = 0.5, error: str = "") -> mad.Result:
+def result(*findings: mad.Finding, threshold: float = 0.5) -> mad.Result:
     """Make a result."""
-    return mad.Result(mad.Case(Path("study1"), tuple(f.path for f in findings), error), findings, threshold)
+    return mad.Result(Path("study1"), findings, threshold)
 
 
 def test_study_is_the_mean_of_its_views() -> None:
@@ -202,20 +207,33 @@ def test_unreadable_views_are_left_out_of_the_mean_and_named() -> None:
 
 
 def test_nothing_readable_is_no_prediction() -> None:
-    for failed in (result(finding(error="damaged")), result(error="holds no images")):
+    for failed, error in ((result(finding(error="damaged")), "damaged"), (result(), "holds no images")):
         row = failed.row()
         assert (row["prediction"], row["confidence"], row["probability"]) == (None, None, None)
-        assert row["error"] in ("damaged", "holds no images")
+        assert row["error"] == error
 
 
 @pytest.mark.parametrize(
-    ("views", "batch", "sizes"), [([1] * 5, 2, [2, 2, 1]), ([3, 3, 1], 4, [2, 1]), ([0, 0, 5], 2, [3]), ([], 2, [])]
+    ("views", "batch", "sizes"),
+    [([1] * 5, 2, [2, 2, 1]), ([3, 3, 1], 4, [4, 3]), ([0, 0, 5, 0], 2, [2, 2, 1]), ([0], 2, []), ([], 2, [])],
 )
-def test_blocks_fill_a_batch_and_keep_studies_whole(views: list[int], batch: int, sizes: list[int]) -> None:
-    cases = [mad.Case(Path(str(i)), (Path("x"),) * count) for i, count in enumerate(views)]
-    blocks = list(mad.blocks_of(cases, batch))
-    assert [len(block) for block in blocks] == sizes
-    assert [case for block in blocks for case in block] == cases
+def test_batches_are_full_and_studies_stay_whole(
+    views: list[int],
+    batch: int,
+    sizes: list[int],
+    image: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever studies the views are of, and every input has its own views, in order."""
+    seen: list[int] = []
+    grad_cam = mad.grad_cam
+    monkeypatch.setattr(mad, "grad_cam", lambda network, x: seen.append(len(x)) or grad_cam(network, x))
+    config = mad.Config(checkpoint=(trained,), device="cpu", batch_size=batch)
+    inputs = [(Path(str(i)), (image,) * count) for i, count in enumerate(views)]
+    results = list(mad.Predictor(config, mad.StopSignals()).results(inputs))
+    assert seen == sizes
+    assert [(found.path, tuple(view.path for view in found.findings)) for found in results] == inputs
 
 
 # ----- one input

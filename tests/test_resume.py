@@ -600,7 +600,7 @@ def test_two_processes_train_and_score_as_one_would(data: Path, tmp_path: Path) 
     assert together == pytest.approx(alone, abs=1e-5)
     assert len(together) == len(list((data / "valid" / "XR_HUMERUS").rglob("*.png")))
     with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, mad.Session, "write_split", 1, signal.SIGTERM)  # all that is wanted of this run is its split
+        signal_at(patch, mad, "write_split", 1, signal.SIGTERM)  # all that is wanted of this run is its split
         assert run_inside(*command, "--checkpoint", tmp_path / "one.pth") == 143
     assert (tmp_path / "one.split.csv").read_bytes() == checkpoint.with_suffix(".split.csv").read_bytes()
 
