@@ -2337,11 +2337,14 @@ def can_show(config: Config) -> bool:
 
 def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_label: str, *, show: bool) -> None:
     """Save the figure; with `show` also leave it open for pyplot.show()."""
-    from matplotlib import pyplot
     from matplotlib.figure import Figure
 
-    new_figure = pyplot.figure if show else Figure
-    figure: Any = new_figure(figsize=(10.5, 0.7 + 3.4 * len(panels)), layout="constrained")
+    shape = (10.5, 0.7 + 3.4 * len(panels))
+    figure: Any = Figure(figsize=shape, layout="constrained")
+    if show:
+        from matplotlib import pyplot  # slow to import, and only windows need it
+
+        figure = pyplot.figure(figsize=shape, layout="constrained")
     draw_explanation(figure, panels, heading, heat_label)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=110)
