@@ -3272,10 +3272,10 @@ EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from 
 def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
     """Read where the lesion of each abnormal phantom of valid/ lies: left, top, right, bottom, pixels."""
     with (root / "phantoms.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if "/valid/" in row["path"]]
-    return {
-        root.parent / row["path"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"])) for row in rows
-    }
+        return {
+            root.parent / row["path"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"]))
+            for row in csv.DictReader(file) if "/valid/" in row["path"]
+        }
 
 
 def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]]) -> str:
@@ -3309,44 +3309,41 @@ class Deployed(nn.Module):
         return torch.sigmoid(self.network(self.normalization(images)) / self.temperature)
 
 
-def export_pt2(program: Any, target: Path, about: dict[str, str]) -> None:
-    """Write torch's own format; `about` becomes the extra file about.json."""
-    with atomic_write(target) as file:
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+def to_pt2(program: Any, about: dict[str, str]) -> bytes:
+    """Give the content of a .pt2 file, torch's own format; `about` becomes the extra file about.json."""
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
+    return content.getvalue()
 
 
-def run_pt2(target: Path, images: Tensor) -> np.ndarray:
+def run_pt2(content: bytes, images: Tensor) -> np.ndarray:
     """Run a .pt2 file on images, to probabilities (B,)."""
-    output: np.ndarray = torch.export.load(target).module()(images).numpy()
-    return output
+    return np.asarray(torch.export.load(io.BytesIO(content)).module()(images))
 
 
-def export_onnx(program: Any, target: Path, about: dict[str, str]) -> None:
-    """Write ONNX; `about` becomes the model's metadata."""
+def to_onnx(program: Any, about: dict[str, str]) -> bytes:
+    """Give the content of an .onnx file; `about` becomes the model's metadata."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--export {target}: needs optional packages: pip install onnx onnxscript onnxruntime") from error
+        raise UserError("--export F.onnx: needs optional packages: pip install onnx onnxscript onnxruntime") from error
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         exported: Any = torch.onnx.export(program, input_names=["images"], output_names=["probability"], dynamo=True)
     model = exported.model_proto
     for name, text in about.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = name, text
-    with atomic_write(target) as file:
-        file.write(model.SerializeToString())
+        model.metadata_props.add(key=name, value=text)
+    return bytes(model.SerializeToString())
 
 
-def run_onnx(target: Path, images: Tensor) -> np.ndarray:
+def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
     """Run an .onnx file on images, to probabilities (B,)."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-    output: np.ndarray = session.run(None, {"images": images.numpy()})[0]
-    return output
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"images": images.numpy()})[0])
 
 
 # ===== 17 commands ===================================================================================================
@@ -3464,18 +3461,16 @@ def export_command(config: Config, stop: StopSignals) -> int:
         "temperature": str(member.temperature), "threshold": str(member.threshold), "architecture": member.network.model,
         "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
     }
-    example = torch.rand(2, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(0))
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    write, run = (export_onnx, run_onnx) if target.suffix == ".onnx" else (export_pt2, run_pt2)
-    draft = target.with_name(f".{target.stem}.draft{target.suffix}")
-    write(program, draft, about)
     probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
+    program = torch.export.export(model, (probe[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    make, run = (to_onnx, run_onnx) if target.suffix == ".onnx" else (to_pt2, run_pt2)
+    content = make(program, about)
     with torch.inference_mode():
-        gap = float(np.abs(run(draft, probe) - model(probe).numpy()).max())
+        gap = float(np.abs(run(content, probe) - model(probe).numpy()).max())
     if not gap <= EXPORT_TOLERANCE:
-        draft.unlink()
         raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's; try the other format", EXIT_FAILED)
-    draft.replace(target)
+    with atomic_write(target) as file:
+        file.write(content)
     say(f"written: {target}; largest difference from torch {gap:.1g}")
     return EXIT_DONE
 

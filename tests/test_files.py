@@ -371,8 +371,11 @@ def weights_refusal(path: Path, model: str = "resnet50") -> str:
     return str(caught.value)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path: Path, model: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_refused_as_weights(model: Path) -> None:
     assert "is a resnet50, not a densenet169; add --model resnet50" in weights_refusal(model, "densenet169")
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1)}, tmp_path / "w.pth")
     assert "does not fit densenet169" in weights_refusal(tmp_path / "w.pth", "densenet169")
 

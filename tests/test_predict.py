@@ -215,7 +215,7 @@ def test_nothing_readable_is_no_prediction() -> None:
 
 @pytest.mark.parametrize(
     ("views", "batch", "sizes"),
-    [([1] * 5, 2, [2, 2, 1]), ([3, 3, 1], 4, [4, 3]), ([0, 0, 5, 0], 2, [2, 2, 1]), ([0], 2, []), ([], 2, [])],
+    [([1] * 9, 1, [4, 4, 1]), ([3, 3, 1], 1, [4, 3]), ([0, 0, 9, 0], 2, [8, 1]), ([0], 2, []), ([], 2, [])],
 )
 def test_batches_are_full_and_studies_stay_whole(
     views: list[int],
@@ -225,7 +225,7 @@ def test_batches_are_full_and_studies_stay_whole(
     trained: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever studies the views are of, and every input has its own views, in order."""
+    """Four times --batch-size at once, whatever studies the views are of, and every input has its own views, in order."""
     seen: list[int] = []
     grad_cam = mad.grad_cam
     monkeypatch.setattr(mad, "grad_cam", lambda network, x: seen.append(len(x)) or grad_cam(network, x))
@@ -644,7 +644,7 @@ def test_export_that_differs_is_removed(
     gap: float, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = mad.run_pt2
-    monkeypatch.setattr(mad, "run_pt2", lambda target, images: run(target, images) + gap)
+    monkeypatch.setattr(mad, "run_pt2", lambda content, images: run(content, images) + gap)
     assert run_inside("--export", tmp_path / "x.pt2", "--checkpoint", trained) == mad.EXIT_FAILED
     assert "differs by" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
