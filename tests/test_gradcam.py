@@ -107,7 +107,7 @@ def test_mean_of_the_evidence_is_the_logit_less_the_bias(network: mad.Network) -
 
 
 def test_hand_worked_map() -> None:
-    """Two channels, one row of two cells: 2 * first - 3 * second; their mean and the bias of 10 make the logit."""
+    """Two channels, one row of two cells: 2 * first - 3 * second; their mean and the bias of 10 make the logit. Two images."""
 
     class Small(torch.nn.Module):
         def __init__(self) -> None:
@@ -117,14 +117,15 @@ def test_hand_worked_map() -> None:
             self.head.bias.data = torch.tensor([10.0])
 
         def features(self, batch: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled(), "the backbone is not differentiated: it would cost memory and time"
             return batch
 
         classify = mad.Network.classify
 
-    maps = torch.tensor([[[[1.0, 0.0]], [[0.0, 4.0]]]])  # (1, 2, 1, 2)
+    maps = torch.tensor([[[[1.0, 0.0]], [[0.0, 4.0]]], [[[0.0, 2.0]], [[1.0, 0.0]]]])  # (2, 2, 1, 2)
     logits, evidence = mad.grad_cam(Small(), maps)
-    assert evidence.tolist() == [[[2.0, -12.0]]]
-    assert logits.tolist() == [10 + (2 - 12) / 2]
+    assert evidence.tolist() == [[[2.0, -12.0]], [[-3.0, 4.0]]]
+    assert logits.tolist() == [10 + (2 - 12) / 2, 10 + (4 - 3) / 2]
 
 
 def test_batch_gives_what_single_images_give(network: mad.Network) -> None:
@@ -231,6 +232,16 @@ def test_two_aspects_of_one_gradient_keep_their_axes(fit: str) -> None:
     assert (np.diff(heat, axis=1) >= 0).all()
     assert np.abs(np.diff(heat, axis=0)).max() < 1e-5
     assert heat.mean() == pytest.approx(4.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_enlarging_by_hand(size: int) -> None:
+    """Two cells, 0 and 4, over 8 pixels: flat up to their centres at 1.5 and 5.5, and 1 a pixel between.
+
+    With a `size` of 8 it is the network's square that is enlarged, with 2 it is the original.
+    """
+    heat = mad.heat_on_image(torch.tensor([[0.0, 4.0], [0.0, 4.0]]), size, "stretch", 8, 8)
+    assert heat.tolist() == [[0, 0, 0.5, 1.5, 2.5, 3.5, 4, 4]] * 8
 
 
 def test_letterbox_border_is_left_out() -> None:

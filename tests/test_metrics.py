@@ -305,6 +305,19 @@ def test_few_patients_widen_the_interval_as_students_t_does(patients: int) -> No
     assert (low, high) == pytest.approx((1 - level, level), abs=0.003)
 
 
+def test_resamples_equal_to_the_value_count_half_in_the_bias() -> None:
+    """A fifth of the resamples give the value itself and as many lie above as below: no bias, equal reach to both sides."""
+    half = np.arange(1, 4001) / 4000
+    low, high = mad.bca_interval(0, np.concatenate([-half, np.zeros(2000), half]), np.ones(9), 10**9)
+    assert low == pytest.approx(-high) and 0.9 < high < 1
+
+
+def test_bca_of_extreme_bias_and_skew_ends_at_the_top() -> None:
+    """All resamples lie below the value and the jackknife has one outlier: skew * z is beyond 1."""
+    drawn, left_out = np.linspace(0, 1, 100_001), np.append(np.ones(199), 0)
+    assert mad.bca_interval(2, drawn, left_out, 10**9)[1] == 1
+
+
 def test_the_interval_of_ece_by_hand() -> None:
     """Resamples from 0.1 to 0.3 around a value of 0.15: resampling raises ECE by 0.05, noise by 0 to 0.05 / 0.414."""
     low, high = mad.ece_interval(0.15, np.linspace(0.1, 0.3, 41))
@@ -395,6 +408,15 @@ def test_temperature_stays_at_one_where_it_is_undefined() -> None:
     assert mad.fit_temperature(4 * logit[:30], label[:30], patient[:30]) == 1.0  # ten patients
     assert mad.fit_temperature(logit, (logit > 0).astype(int), patient) == 1.0  # no error bounds it
     assert mad.fit_temperature(logit, (logit < 0).astype(int), patient) == 1.0  # nothing right, either
+
+
+def test_a_temperature_needs_twenty_patients() -> None:
+    """Fifty images each, four times too sure: with 20 patients that is seen, with 19 it is not looked for."""
+    random = np.random.default_rng(0)
+    logit, patient = random.normal(0, 2, 1000), np.repeat([f"p{i:02d}" for i in range(20)], 50)
+    label = (random.random(1000) < 1 / (1 + np.exp(-logit))).astype(int)
+    assert mad.fit_temperature(4 * logit, label, patient) == pytest.approx(4, rel=0.2)
+    assert mad.fit_temperature(4 * logit[:950], label[:950], patient[:950]) == 1.0
 
 
 def test_the_temperature_is_judged_on_other_patients() -> None:
