@@ -1,6 +1,6 @@
 """Compare training recipes on patients that they never saw; makes the table of the README's section "The recipe".
 
-    python tests/recipe.py --data-dir KNEE --out runs --model resnet50 --weights FILE --recipes default batch-16 paper
+    python tests/recipe.py --data-dir KNEE --out runs --model resnet50 --weights FILE --recipes default 'batch 16' paper
 
 Only train/ is used, so that valid/ stays unseen: it is cut by patient into folds, and in fold k every recipe trains a
 network with seed k on the other folds and scores the k-th. A recipe's AUROC and kappa (threshold 0.5) are the means over
@@ -36,37 +36,43 @@ class Recipe:
     """Flags that differ from the defaults, and what the program has no flag for because it did not pay."""
 
     flags: dict[str, Any] = field(default_factory=dict)
-    head_lr: float = 1.0  # the head's learning rate, as a multiple of the backbone's
+    sgd: bool = False  # Nesterov's momentum of 0.9 in the place of AdamW
+    beta2: float = 0.999  # of AdamW
+    linear: bool = False  # what is left instead of its square
+    head_lr: float = 1.0  # the head's learning rate, as a multiple of the upper layers'
+    lower_lr: float = 1.0  # that of all up to layer2 (ResNet-50)
+    clip: float = 0.0  # largest norm of a gradient
+    mixup: float = 0.0  # alpha of the beta distribution
     ema: float = 0.0  # decay of an exponential moving average of the weights, per step
-    smoothing: float = 0.0  # of labels
     zoom: float = 0.0  # largest random change of scale, share
     shift: float = 0.0  # largest random shift, share of the side
     frozen: bool = False  # batch normalisation keeps its statistics
-    momentum: float = 0.1  # of batch normalisation's running statistics
+    settled_first: bool = False  # which are taken from radiographs before the training
 
 
+STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
+    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "schedule": "plateau", "weight_decay": 0.0}),
+    "flips alone": Recipe(STILL),
+    "flips alone, batch 4": Recipe({**STILL, "batch_size": 4}),
+    "zoom": Recipe(zoom=0.15, shift=0.05),
     "batch 4": Recipe({"batch_size": 4}),
-    "batch 8": Recipe({"batch_size": 8}),
-    "batch 8 lr 1e-4": Recipe({"batch_size": 8, "lr": 1e-4}),
-    "batch 8 lr 6e-4": Recipe({"batch_size": 8, "lr": 6e-4}),
+    "batch 16": Recipe({"batch_size": 16}),
     "lr 1e-4": Recipe({"lr": 1e-4}),
     "lr 6e-4": Recipe({"lr": 6e-4}),
-    "lr 1e-3": Recipe({"lr": 1e-3}),
-    "batch 8 frozen": Recipe({"batch_size": 8}, frozen=True),
-    "batch 8 zoom": Recipe({"batch_size": 8}, zoom=0.15, shift=0.05),
-    "rotation 0": Recipe({"rotation": 0.0}),
-    "rotation 30": Recipe({"rotation": 30.0}),
-    "grey levels alone": Recipe({"brightness": 0.0, "contrast": 0.0}),
-    "head x10": Recipe(head_lr=10),
-    "average": Recipe(ema=0.99),
-    "smoothing": Recipe(smoothing=0.1),
-    "zoom": Recipe(zoom=0.15, shift=0.05),
+    "linear": Recipe(linear=True),
+    "lower layers slower": Recipe(lower_lr=0.3, head_lr=3),
+    "SGD": Recipe({"lr": 0.01, "weight_decay": 1e-4}, sgd=True),
     "frozen": Recipe(frozen=True),
-    "slow statistics": Recipe(momentum=0.03),
-    "decay 0.1": Recipe({"weight_decay": 0.1}),
+    "frozen, settled": Recipe(frozen=True, settled_first=True),
+    "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
+    "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
+    "batch 16, average": Recipe({"batch_size": 16}, ema=0.98),
+    "batch 16, SGD": Recipe({"batch_size": 16, "lr": 0.02, "weight_decay": 1e-4}, sgd=True),
+    "batch 16, mixup": Recipe({"batch_size": 16}, mixup=0.2),
+    "batch 16, clipped": Recipe({"batch_size": 16}, beta2=0.99, clip=1.0),
 }
 
 
@@ -76,26 +82,43 @@ class Candidate(mura.Trainer):
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
         self.recipe, self.averaged = recipe, None
-        if recipe.head_lr != 1:
-            groups = [{"params": network.backbone.parameters()},
-                      {"params": network.head.parameters(), "lr": config.lr * recipe.head_lr}]
-            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-            factor = partial(mura.quadratic_factor, total=rest[2], warmup=config.warmup)
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = recipe.momentum
+        if (recipe.sgd, recipe.beta2, recipe.linear, recipe.head_lr, recipe.lower_lr) != (False, 0.999, False, 1, 1):
+            rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
+            stages = {"lower": network.backbone[:6], "upper": network.backbone[6:], "head": network.head}
+            groups = [{"params": list(stages[name].parameters()), "lr": config.lr * rate} for name, rate in rates.items()]
+            decay = {"lr": config.lr, "weight_decay": config.weight_decay}
+            self.optimizer = (torch.optim.SGD(groups, momentum=0.9, nesterov=True, **decay) if recipe.sgd
+                              else torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), **decay))
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(self.factor, rest[2]))
         if recipe.ema:
             self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
 
-    def backward(self, images: torch.Tensor, labels: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def factor(self, total: int, step: int) -> float:
+        """The learning rate of a step as a share of its peak."""
+        falls = self.recipe.linear and step >= round(self.config.warmup * total)
+        return mura.quadratic_factor(step, total, self.config.warmup) ** (0.5 if falls else 1)
+
+    def backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.recipe.frozen:
             for module in self.network.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.eval()
-        return super().backward(images, labels + self.recipe.smoothing * (0.5 - labels), *rest)
+        if not self.recipe.mixup:
+            return super().backward(images, labels, weights, drawn, count)
+        random = np.random.default_rng([7, self.progress.epoch, self.progress.batch])
+        share, other = float(random.beta(self.recipe.mixup, self.recipe.mixup)), torch.arange(len(images)).roll(1)
+        pixels = mura.augment(mura.to_unit(images), drawn)
+        logits = self.forward(self.normalization(share * pixels + (1 - share) * pixels[other]))
+        loss = (share * mura.weighted_loss(logits, labels, weights)
+                + (1 - share) * mura.weighted_loss(logits, labels[other], weights[other]))
+        torch.autograd.backward(loss / count)
+        return loss.detach().double(), ((logits.detach() > 0) == (labels > 0.5)).sum().double()
 
     def update(self) -> None:
+        if self.recipe.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         super().update()
         if self.averaged:
             self.averaged.update_parameters(self.network)
@@ -131,15 +154,17 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size:
     trainer = Candidate(recipe, network, config, arithmetic, normalization, steps, mura.Processes())
     weights = mura.loss_weights(train.views, mura.class_weights(train.views))
     mura.augment = partial(zoomed, recipe) if recipe.zoom or recipe.shift else AUGMENT
-    feed = mura.Feed(train, arithmetic.device)
+    feed, given = mura.Feed(train, arithmetic.device), (arithmetic, normalization, config.batch_size)
+    if recipe.settled_first:
+        mura.settle_statistics(network, feed, *given, config.settle, config.seed)
     for _ in range(config.epochs):
         mura.train_epoch(trainer, feed, weights, mura.StopSignals(), lambda stopping: None)
         trainer.end_epoch({"val_accuracy": None, "val_loss": trainer.progress.loss / trainer.progress.seen})
     final = trainer.averaged.module if trainer.averaged else network
-    given = arithmetic, normalization, config.batch_size
     predict = partial(mura.predict_logits, final, mura.Feed(held_out, arithmetic.device), *given)
     unsettled = predict()
-    mura.settle_statistics(final, feed, *given, config.settle or 256, config.seed)
+    if not recipe.frozen:
+        mura.settle_statistics(final, feed, *given, config.settle or 256, config.seed)
     return {"label": held_out.labels, "patient": np.array([view.patient for view in held_out.views]),
             "study": np.array([view.study for view in held_out.views]), "unsettled": unsettled, "plain": predict(),
             "flip": predict(tta=True)}
@@ -213,12 +238,14 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--take", type=int, help="only the first of the folds, for screening")
+    parser.add_argument("--threads", type=int, help="of torch, for two runs side by side")
     parser.add_argument("--table", action="store_true", help="only print the table of what was run")
     for name, kind in (("model", str), ("weights", str), ("image-size", int), ("epochs", int), ("normalization", str),
                        ("lr", float), ("batch-size", int)):
         parser.add_argument(f"--{name}", type=kind, help="as the program's, for all recipes")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads or mura.core_count())
     given = ("model", "weights", "image_size", "epochs", "normalization", "lr", "batch_size")
     shared = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     if not options.table:
