@@ -115,7 +115,7 @@ def test_examples_of_the_help_are_taken() -> None:
 
 
 def test_flags_named_in_the_readme_exist() -> None:
-    others = {"--nproc-per-node", "--quick", "--only", "--out", "--recipes"}  # of torchrun, benchmark and recipe.py
+    others = {"--nproc-per-node", "--quick", "--only", "--out", "--recipes", "--take"}  # of torchrun, benchmark and recipe.py
     known = set(mad.build_parser()._option_string_actions) | others
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
