@@ -64,6 +64,7 @@ def number(kind: type, low: float, high: float = 1e6, *, open_low: bool = False)
     """Make an argparse type for a finite number in [low, high], or in (low, high] with `open_low`."""
 
     def parse(text: str) -> float:
+        """Parse one value; argparse prints the error."""
         try:
             value = kind(text)
         except ValueError:
@@ -317,7 +318,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from statistics import NormalDist
 from types import FrameType
 
@@ -373,7 +374,7 @@ def progress_bar(**arguments: Any) -> Any:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")  # in any case
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """One image of the set."""
 
@@ -383,7 +384,7 @@ class View:
     study: str  # XR_ELBOW/patient00011/study1_negative, ...
     label: int  # 0 normal, 1 abnormal
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The path below train/ or valid/, with forward slashes: `study` and the file's name."""
         return f"{self.study}/{self.path.name}"
@@ -987,7 +988,7 @@ def open_cache(
             chosen = [view for view in views if view.part == part]
             file = shard_file(folder, chosen, size, config.fit)
             shard = open_shard(file, size)
-            bad = [view for view in chosen if view.name in shard.bad] if shard and shard.bad else []
+            bad = [view for view in chosen if shard and view.name in shard.bad]
             if not all(isinstance(decode_square(view.path, 32, config.fit), str) for view in bad):
                 shard = None
             if shard:
@@ -997,7 +998,7 @@ def open_cache(
             shards.append(shard or build_shard(file, chosen, size, config, bar, stop))
     unread = {name: why for shard in shards for name, why in shard.bad.items()}
     place = {name: (i, row) for i, shard in enumerate(shards) for row, name in enumerate(shard.names)}
-    good = tuple(view for view in views if view.name not in unread) if unread else tuple(views)
+    good = tuple(view for view in views if view.name not in unread)
     rows = np.array([place[view.name] for view in good], np.int64).reshape(-1, 2)
     return Decoded(good, tuple(shards), rows, unread)
 
@@ -1603,6 +1604,7 @@ def evaluate(images: Scored, threshold: float, resamples: int = 1000, seed: int 
     """Return {"levels": {"image", "study"}, "parts": {part: {"image", "study"}}}, each as `bootstrap` describes."""
 
     def levels(chosen: Scored) -> dict[str, Any]:
+        """Bootstrap images, and the studies they make up."""
         both = {"image": chosen, "study": pool_studies(chosen)}
         return {level: bootstrap(rows, threshold, resamples, seed) for level, rows in both.items()}
 
@@ -2874,6 +2876,7 @@ class Session:
         images = min(config.settle, len(self.train_set)) + len(self.val_set)
         with progress_bar(total=images, desc="validation", unit="image") as bar:
             def tick(count: int) -> None:
+                """Count images done; stop here, with the state saved, where no other process waits."""
                 self.pause(bar, alone and bool(self.run.stop.signum), count)
 
             given = self.run.arithmetic, self.trainer.normalization
@@ -3323,12 +3326,10 @@ def run_pt2(content: bytes, images: Tensor) -> np.ndarray:
 
 def to_onnx(program: Any, about: dict[str, str]) -> bytes:
     """Give the content of an .onnx file; `about` becomes the model's metadata."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError("--export F.onnx: needs optional packages: pip install onnx onnxscript onnxruntime") from error
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         exported: Any = torch.onnx.export(program, input_names=["images"], output_names=["probability"], dynamo=True)
@@ -3464,7 +3465,10 @@ def export_command(config: Config, stop: StopSignals) -> int:
     probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
     program = torch.export.export(model, (probe[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     make, run = (to_onnx, run_onnx) if target.suffix == ".onnx" else (to_pt2, run_pt2)
-    content = make(program, about)
+    try:
+        content = make(program, about)
+    except ImportError as error:
+        raise UserError(f"--export {target}: needs optional packages: pip install onnx onnxscript onnxruntime") from error
     with torch.inference_mode():
         gap = float(np.abs(run(content, probe) - model(probe).numpy()).max())
     if not gap <= EXPORT_TOLERANCE:

@@ -82,7 +82,8 @@ class Candidate(mura.Trainer):
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
         self.recipe, self.averaged = recipe, None
-        if (recipe.sgd, recipe.beta2, recipe.linear, recipe.head_lr, recipe.lower_lr) != (False, 0.999, False, 1, 1):
+        own = ("sgd", "beta2", "linear", "head_lr", "lower_lr")  # what the program's optimiser and schedule cannot do
+        if any(getattr(recipe, name) != getattr(Recipe(), name) for name in own):
             rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
             stages = {"lower": network.backbone[:6], "upper": network.backbone[6:], "head": network.head}
             groups = [{"params": list(stages[name].parameters()), "lr": config.lr * rate} for name, rate in rates.items()]
