@@ -43,6 +43,8 @@ class Recipe:
     lower_lr: float = 1.0  # that of all up to layer2 (ResNet-50)
     clip: float = 0.0  # largest norm of a gradient
     mixup: float = 0.0  # alpha of the beta distribution
+    smoothing: float = 0.0  # of labels: this share of each is 0.5
+    first_size: float = 1.0  # side of the first epoch's images, as a share; grows to 1 in the middle of the epochs
     ema: float = 0.0  # decay of an exponential moving average of the weights, per step
     zoom: float = 0.0  # largest random change of scale, share
     shift: float = 0.0  # largest random shift, share of the side
@@ -58,6 +60,9 @@ RECIPES = {
     "flips alone": Recipe(STILL),
     "flips alone, batch 4": Recipe({**STILL, "batch_size": 4}),
     "zoom": Recipe(zoom=0.15, shift=0.05),
+    "label smoothing": Recipe(smoothing=0.1),
+    "progressive size": Recipe(first_size=0.6),
+    "10 epochs": Recipe({"epochs": 10}),
     "batch 4": Recipe({"batch_size": 4}),
     "batch 16": Recipe({"batch_size": 16}),
     "lr 1e-4": Recipe({"lr": 1e-4}),
@@ -106,6 +111,9 @@ class Candidate(mura.Trainer):
             for module in self.network.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.eval()
+        if self.recipe.first_size < 1:
+            images = self.shrunk(images)
+        labels = labels * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
         if not self.recipe.mixup:
             return super().backward(images, labels, weights, drawn, count)
         random = np.random.default_rng([7, self.progress.epoch, self.progress.batch])
@@ -116,6 +124,13 @@ class Candidate(mura.Trainer):
                 + (1 - share) * mura.weighted_loss(logits, labels[other], weights[other]))
         torch.autograd.backward(loss / count)
         return loss.detach().double(), ((logits.detach() > 0) == (labels > 0.5)).sum().double()
+
+    def shrunk(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of this epoch's size, a multiple of 16 px."""
+        begun = min(1.0, self.progress.epoch / (self.config.epochs / 2))
+        share = self.recipe.first_size + (1 - self.recipe.first_size) * begun
+        size = 16 * round(images.shape[-1] * share / 16)
+        return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
     def update(self) -> None:
         if self.recipe.clip:

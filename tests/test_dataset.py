@@ -290,7 +290,7 @@ def test_a_part_without_any_readable_image(phantom_copy: Path):
 
 
 def decoded_with(good: int, bad: int) -> mad.Decoded:
-    views = tuple(mad.View(Path(f"{i}.png"), "XR_A", "p", "XR_A/p/s", 0) for i in range(good))
+    views = tuple(mad.View(f"{i}.png", "XR_A", "p", "XR_A/p/s", 0) for i in range(good))
     return mad.Decoded(views, (), np.zeros((good, 2), np.int64), {f"bad{i}.png": "empty" for i in range(bad)})
 
 
@@ -476,7 +476,7 @@ def images_of(folder: Path, *sizes: tuple[int, int]) -> list[mad.View]:
     views = []
     for i, size in enumerate(sizes):
         Image.new("L", size).save(folder / f"image{i}.png")
-        views.append(mad.View(folder / f"image{i}.png", "XR_A", "p", "XR_A/p/s", 0))
+        views.append(mad.View(str(folder / f"image{i}.png"), "XR_A", "p", "XR_A/p/s", 0))
     return views
 
 

@@ -34,7 +34,7 @@ def names(index: mad.Index) -> list[str]:
 
 def test_a_view_knows_its_place(tmp_path: Path):
     index = mad.index_split(plant(tmp_path, [f"train/{STUDY}/image1.png"]), "train")
-    view = mad.View(tmp_path / "train" / STUDY / "image1.png", "XR_ELBOW", "patient00001", STUDY, 1)
+    view = mad.View(str(tmp_path / "train" / STUDY / "image1.png"), "XR_ELBOW", "patient00001", STUDY, 1)
     assert index == mad.Index("train", (view,), ())
     assert view.name == f"{STUDY}/image1.png"
 
@@ -299,7 +299,7 @@ def test_phantoms_are_indexed_as_their_own_lists_say(phantoms: Path):
 def test_the_description_counts_images_studies_and_patients():
     def view(part: str, patient: str, study: str, image: int) -> mad.View:
         study = f"{part}/{patient}/{study}"
-        return mad.View(Path(f"{study}/image{image}.png"), part, patient, study, int("positive" in study))
+        return mad.View(f"{study}/image{image}.png", part, patient, study, int("positive" in study))
 
     views = [
         view("XR_A", "p1", "study1_positive", 1), view("XR_A", "p1", "study1_positive", 2),

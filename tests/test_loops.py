@@ -6,7 +6,6 @@ import copy
 import math
 import signal
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,7 @@ STILL = {"flip": 0.0, "rotation": 0.0, "brightness": 0.0, "contrast": 0.0}  # no
 
 def view(label: int, part: str = "XR_HAND", number: int = 0) -> mad.View:
     study = f"{part}/patient{number:05d}/study1_{'positive' if label else 'negative'}"
-    return mad.View(Path(f"{study}/image1.png"), part, f"patient{number:05d}", study, label)
+    return mad.View(f"{study}/image1.png", part, f"patient{number:05d}", study, label)
 
 
 class Album:

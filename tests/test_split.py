@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +15,7 @@ import mura_anomaly_detection as mad
 
 def view(part: str, patient: str, label: int, image: int = 1) -> mad.View:
     study = f"{part}/{patient}/study{label}_{('negative', 'positive')[label]}"
-    return mad.View(Path(f"train/{study}/image{image}.png"), part, patient, study, label)
+    return mad.View(f"train/{study}/image{image}.png", part, patient, study, label)
 
 
 def patients(views: Sequence[mad.View]) -> set[str]:
