@@ -9,7 +9,8 @@ holds the sampling of patients, not that of seeds: a difference near its edge is
 ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image; `NAME@unsettled` keeps the statistics
 of batch normalisation that training left.
 
-Each run is kept in OUT, and what is there already is not run again. Not run by the tests.
+With --valid the program itself trains, with seed k and its own choice of the best epoch by val, and valid/ is scored:
+for a claim, seldom. Each run is kept in OUT, and what is there already is not run again. Not run by the tests.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
-    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "schedule": "plateau", "weight_decay": 0.0}),
+    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "schedule": "plateau", "weight_decay": 0.0, "settle": 0}),
     "flips alone": Recipe(STILL),
     "flips alone, batch 4": Recipe({**STILL, "batch_size": 4}),
     "zoom": Recipe(zoom=0.15, shift=0.05),
@@ -157,7 +159,7 @@ def fold_of(patient: str, folds: int) -> int:
     return int.from_bytes(hashlib.sha256(f"fold/{patient}".encode()).digest()[:4]) % folds
 
 
-def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size: int, fold: int, folds: int) -> dict[str, Any]:
+def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, fold: int, folds: int) -> dict[str, Any]:
     """Train on the other folds and give labels, patients and logits of this one: plain, with mirror, unsettled."""
     sides: dict[bool, list[mura.View]] = {True: [], False: []}
     for view in decoded.views:
@@ -186,6 +188,20 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, size:
             "flip": predict(tta=True)}
 
 
+def train_for_valid(recipe: Recipe, config: mura.Config) -> dict[str, Any]:
+    """Run the program's own training, then give labels, patients and logits of valid/: plain and with mirror."""
+    with mock.patch.object(mura, "Trainer", partial(Candidate, recipe)):
+        mura.train_command(config, mura.StopSignals())
+    arithmetic = mura.choose_arithmetic(mura.choose_device(config.device), config.precision)
+    member = mura.load_member(config.checkpoint[0], arithmetic)
+    views = mura.index_split(config.data_dir, "valid").views
+    valid = mura.MuraDataset(mura.open_cache(views, member.image_size, config, config.data_dir, mura.StopSignals()))
+    predict = partial(mura.predict_logits, member.network, mura.Feed(valid, arithmetic.device), arithmetic,
+                      member.normalization, config.batch_size)
+    return {"label": valid.labels, "patient": np.array([view.patient for view in views]),
+            "study": np.array([view.study for view in views]), "plain": predict(), "flip": predict(tta=True)}
+
+
 def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:
     """Train what is not in OUT yet, fold by fold, so that a table can be printed early."""
     root = mura.find_data_root(options.data_dir)
@@ -197,10 +213,13 @@ def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:
             if file.exists():
                 continue
             config = replace(mura.Config(data_dir=root, seed=fold, **shared), **RECIPES[name].flags)
-            size = mura.choose_image_size(index.views, config.image_size)
-            decoded = mura.open_cache(index.views, size, config, root, mura.StopSignals())
             began = time.perf_counter()
-            found = train_fold(RECIPES[name], config, decoded, size, fold, options.folds)
+            if options.valid:
+                found = train_for_valid(RECIPES[name], replace(config, checkpoint=(file.with_suffix(".pth"),)))
+            else:
+                size = mura.choose_image_size(index.views, config.image_size)
+                decoded = mura.open_cache(index.views, size, config, root, mura.StopSignals())
+                found = train_fold(RECIPES[name], config, decoded, fold, options.folds)
             np.savez(file, **found)
             area = float(mura.auroc(found["label"], found["plain"])[0])
             print(f"{name}, fold {fold}: AUROC {area:.4f} per image, {time.perf_counter() - began:.0f} s", flush=True)
@@ -252,6 +271,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--valid", action="store_true", help="--folds seeds of the program's own training, scored on valid/")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--take", type=int, help="only the first of the folds, for screening")
     parser.add_argument("--threads", type=int, help="of torch, for two runs side by side")
