@@ -41,6 +41,7 @@ class Recipe:
     sgd: bool = False  # Nesterov's momentum of 0.9 in the place of AdamW
     beta2: float = 0.999  # of AdamW
     linear: bool = False  # what is left instead of its square
+    constant: bool = False  # neither warm-up nor decay
     head_lr: float = 1.0  # the head's learning rate, as a multiple of the upper layers'
     lower_lr: float = 1.0  # that of all up to layer2 (ResNet-50)
     clip: float = 0.0  # largest norm of a gradient
@@ -58,7 +59,7 @@ STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
-    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "schedule": "plateau", "weight_decay": 0.0, "settle": 0}),
+    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "weight_decay": 0.0, "settle": 0}, constant=True),
     "flips alone": Recipe(STILL),
     "flips alone, batch 4": Recipe({**STILL, "batch_size": 4}),
     "zoom": Recipe(zoom=0.15, shift=0.05),
@@ -89,7 +90,7 @@ class Candidate(mura.Trainer):
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
         self.recipe, self.averaged = recipe, None
-        own = ("sgd", "beta2", "linear", "head_lr", "lower_lr")  # what the program's optimiser and schedule cannot do
+        own = ("sgd", "beta2", "linear", "constant", "head_lr", "lower_lr")  # beyond the program
         if any(getattr(recipe, name) != getattr(Recipe(), name) for name in own):
             rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
             stages = {"lower": network.backbone[:6], "upper": network.backbone[6:], "head": network.head}
@@ -103,6 +104,8 @@ class Candidate(mura.Trainer):
 
     def factor(self, total: int, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
+        if self.recipe.constant:
+            return 1.0
         falls = self.recipe.linear and step >= round(self.config.warmup * total)
         return mura.quadratic_factor(step, total, self.config.warmup) ** (0.5 if falls else 1)
 
