@@ -220,8 +220,8 @@ class Config:
 
     @property
     def scoring_batch(self) -> int:
-        """Images at once where nothing is learnt: without gradients four times as many take about the same memory."""
-        return 4 * self.batch_size
+        """Images at once where nothing is learnt, over all processes: without gradients four times as many take less memory."""
+        return max(1, 4 * self.batch_size // self.accumulate)
 
 
 class Parser(argparse.ArgumentParser):
@@ -311,8 +311,10 @@ import pickle
 import secrets
 import stat
 import struct
+import tempfile
 import textwrap
 import time
+import traceback
 import warnings
 import zlib
 from collections import Counter, deque
@@ -1132,8 +1134,8 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np
 class Feed:
     """Brings batches of images to the device: from the device's memory where the data set fits there, else streamed.
 
-    On CUDA a data set that takes at most half of the free memory is copied there once; otherwise batches are gathered and
-    pinned one ahead by a thread and copied while the network computes.
+    On CUDA a data set that takes at most an eighth of the free memory is copied there once: activations, gradients and the
+    other split need theirs. Otherwise a thread gathers and pins batches two ahead.
     """
 
     def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
@@ -1141,7 +1143,7 @@ class Feed:
         self.resident: Tensor | None = None
         if device.type == "cuda" and len(dataset):
             image, _ = dataset[0]
-            if len(dataset) * image.numel() <= torch.cuda.mem_get_info(device)[0] // 2:
+            if len(dataset) * image.numel() <= torch.cuda.mem_get_info(device)[0] // 8:
                 self.resident = torch.empty(len(dataset), *image.shape, dtype=torch.uint8, device=device)
                 for block in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
                     self.resident[block[0] : block[-1] + 1] = dataset.batch(block).to(device)
@@ -1150,7 +1152,7 @@ class Feed:
         """Yield the images of each batch of indices, (B, 1, S, S) uint8, on the device."""
         if self.resident is not None:
             for indices in batches:
-                yield self.resident[torch.from_numpy(indices).to(self.device)]
+                yield self.resident[torch.from_numpy(indices).to(self.device, non_blocking=True)]
             return
         for images in map_ahead(self._gather, batches, workers=1, ahead=2):
             yield images.to(self.device, non_blocking=True)
@@ -1387,7 +1389,6 @@ def choose_arithmetic(device: torch.device, precision: str) -> Arithmetic:
         raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto or fp32")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = True  # batches have two sizes at most
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
         fast = device.type == "cpu" and cpu_has_amx()
@@ -1840,6 +1841,7 @@ class Trainer:
         self.forward: nn.Module = network
         if arithmetic.device.type == "cpu":
             keep_freed_memory()
+        torch.backends.cudnn.benchmark = True  # trying kernels pays here: batches have two sizes at most
         if processes.world > 1:
             ids = [arithmetic.device] if arithmetic.device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(network, device_ids=ids)
@@ -1927,7 +1929,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.accumulate, self.progress = state["accumulate"], Progress(**state["progress"])
+        self.accumulate, self.progress = max(self.accumulate, state["accumulate"]), Progress(**state["progress"])
 
 
 def train_epoch(
@@ -1957,14 +1959,14 @@ def train_epoch(
         batch = batches[number]
         mine = batch[processes.rank :: processes.world]
         drawn = draw_variation(config, len(batch), progress.epoch, number)[processes.rank :: processes.world]
-        labels = torch.from_numpy(feed.dataset.labels[mine]).float().to(device)
-        weight = torch.from_numpy(weights[mine]).to(device)
-        loss, correct = trainer.backward(pixels, labels, weight, drawn.to(device), len(batch))
+        given = (torch.from_numpy(feed.dataset.labels[mine]).float(), torch.from_numpy(weights[mine]), drawn)
+        labels, weight, drawn = (values.to(device, non_blocking=True) for values in given)  # none waits
+        loss, correct = trainer.backward(pixels, labels, weight, drawn, len(batch))
         sums = processes.total(torch.stack([loss, correct, *loss.new_tensor([len(mine), stop.signum])]))
         if not math.isfinite(sums[0]):
             names = ", ".join(feed.dataset.views[i].name for i in batch)
             raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}; nothing was changed by this batch: "
-                            f"{names}. Try a lower --lr, --precision fp32, or look at these files", EXIT_FAILED)
+                            f"{names}. Try a new run with a lower --lr or --precision fp32, or see these files", EXIT_FAILED)
         progress.lr = trainer.lr
         trainer.update()
         progress.add(*sums[:3])
@@ -2025,24 +2027,24 @@ def predict_logits(
         feed: the images.
         arithmetic: device and precision.
         normalization: of the images.
-        batch_size: images at a time.
+        batch_size: images at a time, over all processes.
         tta: average with the logit of the mirror image.
         processes: batches are dealt out to them.
         tick: called with the number of images done.
     """
     network.eval()
-    count = len(feed.dataset)
-    batches = np.array_split(np.arange(count), -(-count // batch_size))[processes.rank :: processes.world] if count else []
-    mine = []
+    count, share = len(feed.dataset), max(1, batch_size // processes.world)
+    batches = np.array_split(np.arange(count), -(-count // share))[processes.rank :: processes.world] if count else []
+    mine: list[Tensor] = []
     for indices, pixels in zip(batches, feed(batches), strict=True):
         images = normalization(to_unit(pixels))
         with arithmetic.autocast():
             logits = network(images).float()
             if tta:
                 logits = (logits + network(images.flip(3)).float()) / 2
-        mine.append(logits.cpu().double().numpy())
+        mine.append(logits)  # fetched at the end: fetching makes the device wait
         tick(len(indices))
-    return np.concatenate([np.zeros(0), *processes.gather(mine)])
+    return np.concatenate([np.zeros(0), *processes.gather([logits.cpu().double().numpy() for logits in mine])])
 
 
 def as_scored(views: Sequence[View], probability: np.ndarray) -> Scored:
@@ -2086,11 +2088,30 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             finally:
                 os.close(folder)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place", EXIT_FAILED) from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
             temporary.unlink()
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Make the error that names a file that cannot be written, and the remedy."""
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another place", EXIT_FAILED)
+
+
+def require_place(path: Path) -> None:
+    """See before long work that `atomic_write` will be able to make a file at its end.
+
+    Raises:
+        UserError: as there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(None, "a folder")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -2715,6 +2736,9 @@ class Run:
 def start_run(config: Config, stop: StopSignals) -> Run:
     """Find data and device, and join the other processes of a torchrun job."""
     processes = Processes.from_environment()
+    if not config.evaluate and processes.world > 1 and config.batch_size < 2 * processes.world:
+        raise UserError(f"--batch-size {config.batch_size}: is of all processes together; {processes.world} need "
+                        f"{2 * processes.world} or more")
     if processes.world > 1 and ":" in config.device:
         raise UserError(f"--device {config.device}: several processes cannot share a card; use --device cuda")
     arithmetic = choose_arithmetic(choose_device(config.device, processes.local_rank), config.precision)
@@ -2755,10 +2779,10 @@ def write_split(config: Config, train_views: Sequence[View], val_views: Sequence
     write_csv(path_of(config, ".split.csv"), rows, ("patient", "split"))
 
 
-def earlier_patients(weights: str) -> set[str]:
-    """List the patients that the model given as --weights was trained or validated on; none for any other source."""
+def earlier_model(weights: str) -> dict[str, Any]:
+    """Load what the model of this program given as --weights holds; an empty dict for any other source."""
     content = {} if weights in ("imagenet", "none") else read_weights(Path(weights))
-    return set().union(*content["patients"].values()) if content.get("format") == PROGRAM else set()
+    return content if content.get("format") == PROGRAM else {}
 
 
 class Session:
@@ -2778,11 +2802,16 @@ class Session:
     ) -> None:
         self.run, self.config, self.size, self.train_set, self.val_set = run, run.config, size, train, val
         self.bad_images = bad_images
-        self.seen = earlier_patients(run.config.weights)
+        earlier = earlier_model(run.config.weights)
+        self.seen: set[str] = set().union(*earlier.get("patients", {}).values())
         again = self.seen & {view.patient for view in val.views}
         if again:
             note(f"--weights {run.config.weights}: that model has seen {len(again)} patients of val; validation, temperature "
                  "and the choice of the best epoch will be too hopeful")
+        for name in ("fit", "normalization"):
+            now = getattr(run.config, name)
+            if (then := earlier.get("settings", {}).get(name, now)) != now:
+                note(f"--weights {run.config.weights}: that model learnt with --{name} {then}, this run has {now}")
         self.weights = class_weights(train.views)
         self.batches = -(-len(train) // run.config.batch_size)  # of an epoch
         self.trainer = Trainer(
@@ -2793,7 +2822,8 @@ class Session:
 
     def settings(self) -> dict[str, Any]:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
-        flags = {item.name: getattr(self.config, item.name) for item in fields(Config) if item.metadata["group"] in LEARNING}
+        flags = {item.name: getattr(self.config, item.name) for item in fields(Config)
+                 if item.metadata["group"] in LEARNING and item.name != "accumulate"}  # a way out of too little memory
         return flags | {
             "model": self.trainer.network.model, "image_size": self.size,
             "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
@@ -2834,7 +2864,9 @@ class Session:
         except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
             version = state.get("version")
             raise UserError(f"--resume {file}: written by another version of this program ({version}); start afresh") from error
-        progress = self.trainer.progress
+        progress, best = self.trainer.progress, self.config.checkpoint[0]
+        if progress.best_epoch and not best.exists():
+            raise UserError(f"--resume {file}: {best}, the best model so far, is missing; put it beside it")
         say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
 
     def save_state(self) -> None:
@@ -2888,7 +2920,8 @@ class Session:
             given = self.run.arithmetic, self.trainer.normalization
             settle_statistics(network, train_feed, *given, config.batch_size, config.settle, config.seed, tick)
             processes.same_buffers(network)
-            return predict_logits(network, val_feed, *given, config.scoring_batch, processes=processes, tick=tick)
+            batch_size = replace(config, accumulate=self.trainer.accumulate).scoring_batch
+            return predict_logits(network, val_feed, *given, batch_size, processes=processes, tick=tick)
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -2907,7 +2940,7 @@ class Session:
         progress, labels = self.trainer.progress, self.val_set.labels
         if not np.isfinite(logits).all():
             raise UserError(f"the network's output is not finite after epoch {progress.epoch + 1}; nothing was saved of it. "
-                            "Try a lower --lr or --precision fp32", EXIT_FAILED)
+                            "Try a new run with a lower --lr or --precision fp32", EXIT_FAILED)
         weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights))
         loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights).item() / len(labels)
         studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits)))
@@ -2966,8 +2999,9 @@ def choose_threshold(config: Config, members: Sequence[Member]) -> tuple[float, 
     """Give the threshold and where it is from: the flag, else the mean of those stored in the checkpoints."""
     if isinstance(config.threshold, float):
         return config.threshold, "given"
-    sources = {member.threshold_source for member in members}
-    return float(np.mean([member.threshold for member in members])), sources.pop() if len(sources) == 1 else "mixed"
+    kinds = {(member.threshold, member.threshold_source) for member in members}
+    source = members[0].threshold_source if len(kinds) == 1 else "mixed"
+    return float(np.mean([member.threshold for member in members])), source
 
 
 def seen_in_training(members: Sequence[Member], patients: set[str], split: str) -> list[str]:
@@ -2990,6 +3024,7 @@ def report_notes(split: str, source: str) -> list[str]:
     return [
         "train and val are the patients of train/, divided by patient across body parts; the epoch of highest validation "
         f"accuracy was kept, and its temperature fitted on val. {looked[split]}",
+        "The loss weighs both classes of a body part alike, so a probability is that among as many normal as abnormal images.",
         f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
         "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
         "majority there is no interval. That of ECE covers less with fewer than about 100 patients.",
@@ -3408,6 +3443,8 @@ def predict_command(config: Config, stop: StopSignals) -> int:
         figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
+    for path in filter(None, (config.output, config.save_cam)):
+        require_place(path)
     show = can_show(config)
     note(RESEARCH_ONLY)
     rows: list[dict[str, Any]] = []
@@ -3491,25 +3528,40 @@ def main(config: Config) -> int:
     commands = {"demo": demo_command, "evaluate": evaluate_command, "predict": predict_command, "export": export_command}
     command = next((run for name, run in commands.items() if getattr(config, name)), train_command)
     try:
+        if Processes.from_environment().world > 1 and command not in (train_command, evaluate_command):
+            raise UserError("torchrun is for training and --evaluate: leave it out")
         require_matplotlib()
-        return command(config, stop)
-    except Stopped as stopped:
-        note(str(stopped))
-        return stopped.exit_code
-    except UserError as error:
-        if config.debug:
-            raise
-        note(str(error), failed=True)
-        return error.exit_code
-    except Exception as error:
-        if config.debug:
-            raise
-        reason = next(iter(str(error).strip().splitlines()), "no message")
-        note(f"{type(error).__name__}: {reason} (--debug shows where)", failed=True)
-        return EXIT_FAILED
-    finally:
+        code = command(config, stop)
         if dist.is_initialized():
             dist.destroy_process_group()
+        return code
+    except Stopped as stopped:
+        note(str(stopped))
+        return leave(stopped.exit_code)
+    except UserError as error:
+        if config.debug:
+            traceback.print_exc()
+        note(str(error), failed=True)
+        return leave(error.exit_code)
+    except Exception as error:
+        if config.debug:
+            traceback.print_exc()
+        reason = next(iter(str(error).strip().splitlines()), "no message")
+        note(f"{type(error).__name__}: {reason}{'' if config.debug else ' (--debug shows where)'}", failed=True)
+        return leave(EXIT_FAILED)
+
+
+def leave(code: int) -> int:
+    """Give back the exit code of a run that ended early; one of several processes leaves here and now.
+
+    NCCL takes leave together: a process that failed would wait for others who wait for it, and torchrun would not hear of it.
+    """
+    if dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def test_no_images_of_a_class_is_said(phantom_copy: Path, tmp_path: Path, capsys
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_command("--data-dir", tmp_path / "nowhere", "--debug", "--device", "cpu")
-    assert done.returncode != 0 and "Traceback" in done.stderr
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert "nowhere: no such folder" in done.stderr.splitlines()[-1]
 
 
 def test_wrong_use_answers_without_the_heavy_packages(tmp_path: Path) -> None:

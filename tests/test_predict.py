@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,10 @@ def test_threshold_stored_in_the_model_is_used(ask: Ask, image: Path, other: Pat
     )
     config = mad.Config(checkpoint=(other, trained))
     assert mad.choose_threshold(config, mad.load_members(config, CPU))[0] == pytest.approx(0.45)
+    ours = mad.load_member(other, CPU)
+    both = [replace(ours, threshold=value, threshold_source="val") for value in (0.3, 0.6)]
+    assert mad.choose_threshold(config, both) == (pytest.approx(0.45), "mixed")  # the best on val for neither
+    assert mad.choose_threshold(config, [both[0], both[0]]) == (pytest.approx(0.3), "val")
     assert mad.choose_threshold(mad.Config(threshold=0.3), [])[0] == 0.3
 
 
@@ -555,9 +560,14 @@ def test_name_without_room_for_an_ending_is_cut(ask: Ask, image: Path) -> None:
 
 
 def test_unwritable_output_is_one_line(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the work, not after it."""
     Path("file").write_text("in the way")
-    assert ask(image, "--output", "file/r.csv") == mad.EXIT_FAILED
-    assert "file/r.csv: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    Path("folder.npz").mkdir()
+    for flag, name in (("--output", "file/r.csv"), ("--save-cam", "folder.npz")):
+        assert ask(image, flag, name) == mad.EXIT_FAILED
+        said = capsys.readouterr()
+        assert f"{name}: cannot be written" in said.err.splitlines()[-1]
+        assert not said.out
 
 
 def test_checkpoint_that_is_missing_or_something_else(

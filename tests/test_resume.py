@@ -199,6 +199,21 @@ def test_a_finished_run_is_only_scored_again(
     Outcome.of(tmp_path / "run.pth").check_equal(Outcome.of(whole))
 
 
+def test_what_an_earlier_model_has_seen_is_said_and_kept(
+    unscored: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As --weights: patients that it learnt from and are now in val, and preprocessing that it did not learn with."""
+    capsys.readouterr()
+    given = ["--weights", whole, "--seed", "1", "--normalization", "imagenet"]
+    assert run_inside("--data-dir", unscored, "--checkpoint", tmp_path / "next.pth", *OPTIONS, *given, "--epochs", "1") == 0
+    said = capsys.readouterr().err
+    patients = [mad.read_tensors(path, "model")["patients"] for path in (whole, tmp_path / "next.pth")]
+    assert f"run.pth: that model has seen {len(patients[1]['val'])} patients of val" in said
+    assert "run.pth: that model learnt with --normalization image, this run has imagenet" in said
+    assert "--fit" not in said
+    assert set(patients[1]["train"]) == {*patients[0]["train"], *patients[0]["val"]}
+
+
 # ----- what --resume refuses -----------------------------------------------------------------------------------------
 
 
@@ -235,6 +250,28 @@ def test_other_flags_may_differ(data: Path, stopped: Path, whole: Path, tmp_path
     flags = ["--save-every", "0", "--workers", "1", "--bootstrap", "120", "--cache-dir", tmp_path / "cache"]
     assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, *flags, "--resume") == 0
     Outcome.of(stopped).check_equal(Outcome.of(whole))
+
+
+def test_short_of_memory_a_run_may_go_on_in_more_parts(data: Path, stopped: Path) -> None:
+    """What the message about memory advises; the parts of the state are a floor, since the program may have found them."""
+    command = ["--data-dir", data, "--checkpoint", stopped, *OPTIONS, "--resume"]
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, mad.Trainer, "update", 1, signal.SIGTERM)
+        assert run_inside(*command, "--accumulate", "4") == 143
+    assert mad.read_tensors(stopped.with_suffix(".last.pth"), "state")["trainer"]["accumulate"] == 4
+    assert run_inside(*command, "--accumulate", "2") == 0
+    assert mad.read_tensors(stopped.with_suffix(".last.pth"), "state")["trainer"]["accumulate"] == 4
+
+
+def test_the_best_model_must_be_beside_the_state(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said at once, and not when the run has ended without a better one."""
+    (tmp_path / "run.last.pth").write_bytes(whole.with_suffix(".last.pth").read_bytes())
+    capsys.readouterr()
+    assert run_inside("--data-dir", data, "--checkpoint", tmp_path / "run.pth", *OPTIONS, "--resume") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'run.pth'}, the best model so far, is missing" in error
 
 
 def test_other_data_are_refused(data: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -563,6 +600,39 @@ def test_killed_before_any_write_nothing_is_lost(data: Path, trials: Trials, tmp
 
 
 # ----- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["--data-dir", "{data}", "--batch-size", "3"], "--batch-size 3: is of all processes together; 2 need 4 or more"),
+    (["--predict", "{data}"], "leave it out"),
+    (["--demo"], "leave it out"),
+    (["--export", "model.onnx"], "leave it out"),
+])
+def test_what_several_processes_cannot_do_is_said_before_they_meet(
+    arguments: list[str], complaint: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert run_inside(*(text.format(data=data) for text in arguments), "--device", "cpu") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert complaint in error
+
+
+def test_one_of_several_processes_leaves_without_waiting_for_the_others(tmp_path: Path) -> None:
+    """With the code of its error, and with what it has said; nothing that would run at its end is waited for."""
+    program = f"""
+import atexit, sys
+import torch.distributed as dist
+sys.path.insert(0, {str(Path(mad.__file__).parent)!r})
+import mura_anomaly_detection as mad
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(print, "waited")
+print("said", end="")
+mad.leave(5)
+print("stayed")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (5, "said"), done.stderr
 
 
 def torchrun(program: Path, *arguments: object, options: tuple[str, ...] = (), **environment: str) -> str:
