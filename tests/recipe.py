@@ -257,6 +257,8 @@ def table(options: argparse.Namespace) -> str:
         count = len(np.unique(studies(options, options.recipes[0], fold).patient))
         drawn = [np.bincount(random.integers(count, size=count), minlength=count) for _ in range(2000)]
         weights.append(np.array([np.ones(count), *drawn], dtype=float))
+    if options.valid:
+        weights = weights[:1] * len(weights)  # all seeds are scored on the same patients
     base = resampled(options, options.recipes[0], weights)
     lines = ["| recipe | AUROC | difference | kappa | difference |", "| --- | --- | --- | --- | --- |"]
     for blend in options.recipes:
