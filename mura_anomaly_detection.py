@@ -177,8 +177,9 @@ class Config:
     settle: int = option(
         "training", 256, "unvaried training images from which batch normalisation takes its statistics before validation; 0 = "
         "those that training left (paper)", type=number(int, 0), metavar="N")
-    patience: int = option("training", 0, "stop after N epochs without a better validation accuracy; 0 = never",
-                           type=number(int, 0), metavar="N")
+    patience: int = option(
+        "training", 0, "stop after N epochs without a better validation accuracy (or the same and a lower loss); 0 = never",
+        type=number(int, 0), metavar="N")
     precision: str = option(
         "training", "auto", "arithmetic: auto (bf16 where the hardware gains from it, else fp32), bf16, tf32 (CUDA) or fp32",
         choices=("auto", "bf16", "tf32", "fp32"))
@@ -289,6 +290,8 @@ def usage_problem(config: Config) -> str | None:
         (config.figure and not config.figure.is_dir() and config.figure.suffix.lower() not in FIGURE_SUFFIXES,
          f"--figure {config.figure}: use {', '.join(FIGURE_SUFFIXES[1:])}, or a folder for several inputs"),
         (config.save_cam and config.save_cam.suffix != ".npz", f"--save-cam {config.save_cam}: use .npz"),
+        ((config.output or config.save_cam) and not config.predict, "--output and --save-cam go with --predict"),
+        (config.demo and config.figure and config.figure.is_dir(), f"--figure {config.figure}: name a file, not a folder"),
     ]
     return next((text for wrong, text in problems if wrong), None)
 
@@ -316,6 +319,7 @@ import textwrap
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -406,7 +410,7 @@ def find_data_root(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data-dir wants the unpacked MURA-v1.1")
     for candidate in (folder, *sorted(folder.glob("[!._]*/")), *sorted(folder.glob("[!._]*/[!._]*/"))):  # not __MACOSX
-        if (candidate / "train").is_dir() or (candidate / "valid").is_dir():
+        if os.path.isdir(candidate / "train") or os.path.isdir(candidate / "valid"):  # noqa: PTH112 - never raises
             return candidate
     raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; --data-dir wants the unpacked MURA-v1.1")
 
@@ -965,7 +969,10 @@ def cache_folder(config: Config, root: Path) -> Path:
     beside = root / ".mura_cache"
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise UserError(f"{root}: cannot be written, and there is no home folder: give --cache-dir") from error
     return user / PROGRAM / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
 
 
@@ -1667,7 +1674,7 @@ def best_threshold(label: npt.NDArray[Any], probability: Floats) -> float:
     abnormal, normal = (np.sort(probability[label == value]) for value in (1, 0))
     fn, tn = (np.searchsorted(group, candidates, side="right").astype(float) for group in (abnormal, normal))
     kappa = cohen_kappa(len(abnormal) - fn, len(normal) - tn, fn, tn)
-    if np.isnan(kappa).all():
+    if not (len(abnormal) and len(normal)):  # kappa is 0 or undefined everywhere
         return 0.5
     best = candidates[kappa == np.nanmax(kappa)]
     return float(best[np.argmin(np.abs(best - 0.5))])
@@ -2535,6 +2542,7 @@ Bone = tuple[float, float, float, float]  # offset across, half-width, start, en
 Field = np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (H, W) a value for each pixel
 VALID_PATIENT = 11185  # first patient number of valid/, as in MURA
 LESION_COLUMNS = ("path", "kind", "left", "top", "right", "bottom")  # of phantoms.csv
+PHANTOM_LIST = "phantoms.csv"  # tells a folder of phantoms from radiographs, which are never written over
 PHANTOM_BONES: dict[str, tuple[Bone, ...]] = {
     "XR_FOREARM": ((-0.20, 0.115, -2, 0.62), (0.20, 0.095, -2, 0.58), (-0.27, 0.12, 0.70, 0.93),
                    (0.0, 0.12, 0.69, 0.92), (0.25, 0.11, 0.68, 0.90)),
@@ -2698,9 +2706,11 @@ def write_phantoms(
 ) -> Path:
     """Write a data set in MURA's layout with `train` and `valid` studies of each part; return its folder.
 
-    Beside MURA's four lists stands `phantoms.csv`: where the lesion of each abnormal image lies (see Lesion).
+    Beside MURA's four lists stands PHANTOM_LIST: where the lesion of each abnormal image lies (see Lesion).
     """
     root, lesions = folder / "MURA-v1.1", []
+    root.mkdir(parents=True, exist_ok=True)
+    (root / PHANTOM_LIST).touch()  # a demo that was stopped may be run again
     for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
         studies = list(_plan_studies(split, first, count, parts, seed))
         images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
@@ -2710,7 +2720,7 @@ def write_phantoms(
         (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in images))
         labels = [f"{study}/,{int(study.endswith('positive'))}\n" for study, _ in studies]
         (root / f"{split}_labeled_studies.csv").write_text("".join(labels))
-    write_csv(root / "phantoms.csv", (dict(zip(LESION_COLUMNS, row, strict=True)) for row in lesions), LESION_COLUMNS)
+    write_csv(root / PHANTOM_LIST, (dict(zip(LESION_COLUMNS, row, strict=True)) for row in lesions), LESION_COLUMNS)
     return root
 
 
@@ -2960,7 +2970,8 @@ class Session:
         threshold, source = self.config.threshold or 0.5, "default" if self.config.threshold is None else "given"
         if threshold == "auto":
             studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits, temperature)))
-            threshold, source = best_threshold(studies.label, studies.probability), "val"
+            threshold = best_threshold(studies.label, studies.probability)
+            source = "val" if 0 < studies.label.mean() < 1 else "default"
         progress = self.trainer.progress
         write_tensors(self.config.checkpoint[0], {
             "kind": "model", "model": self.trainer.network.model, "image_size": self.size, "fit": self.config.fit,
@@ -3111,8 +3122,18 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Input]:
 
 
 def search_folder(top: Path) -> Iterator[Input]:
-    """Find images and studies: a folder named study1, study1_positive, ... is one, in any other each image is by itself."""
-    for folder, names, _ in os.walk(top):
+    """Find images and studies: a folder named study1, study1_positive, ... is one, in any other each image is by itself.
+
+    Links to folders are followed, each folder once; one that may not be read is an input without views.
+    """
+    closed: list[OSError] = []
+    seen: set[str] = set()
+    for folder, names, _ in os.walk(top, onerror=closed.append, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            names.clear()
+            continue
+        seen.add(place)
         inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
         names[:] = sorted(inner, key=natural_key)
         images = tuple(Path(folder) / name for name in image_names(folder))
@@ -3120,6 +3141,7 @@ def search_folder(top: Path) -> Iterator[Input]:
             yield Path(folder), images
         else:
             yield from ((image, (image,)) for image in images)
+    yield from ((Path(error.filename), ()) for error in closed if Path(error.filename) != top)
 
 
 @dataclass(frozen=True)
@@ -3295,8 +3317,11 @@ def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str
     elif config.output:
         write_csv(config.output, rows, RESULT_COLUMNS)
     if config.save_cam:
-        with atomic_write(config.save_cam) as out:
-            np.savez_compressed(out, **cams)
+        # as numpy.savez_compressed, which does not take an image of the name "file"
+        with atomic_write(config.save_cam) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, evidence in cams.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asarray(evidence))
 
 
 def show_windows() -> None:
@@ -3315,7 +3340,7 @@ EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from 
 
 def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
     """Read where the lesion of each abnormal phantom of valid/ lies: left, top, right, bottom, pixels."""
-    with (root / "phantoms.csv").open(newline="") as file:
+    with (root / PHANTOM_LIST).open(newline="") as file:
         return {
             root.parent / row["path"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"]))
             for row in csv.DictReader(file) if "/valid/" in row["path"]
@@ -3443,6 +3468,10 @@ def predict_command(config: Config, stop: StopSignals) -> int:
         figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
+    read = {path.resolve() for _, views in inputs for path in views}
+    for flag, path in (("output", config.output), ("save-cam", config.save_cam), ("figure", figures if single else None)):
+        if path and path.resolve() in read:
+            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
     for path in filter(None, (config.output, config.save_cam)):
         require_place(path)
     show = can_show(config)
@@ -3452,8 +3481,8 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     try:
         with progress_bar(total=len(inputs), desc="predict", unit="input") as bar:
             for result in predictor.results(inputs):
-                print_result(result)
                 rows.append(result.row())
+                print_result(result)
                 for seen in result.readable if config.save_cam else ():
                     name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
                     cams[name] = seen.evidence
@@ -3473,6 +3502,9 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     """Train, score and predict on generated phantoms; the figure of one abnormal image shows where its lesion is."""
     folder = config.demo or Path()
     began = time.perf_counter()
+    there = folder / "MURA-v1.1"
+    if there.exists() and not (there / PHANTOM_LIST).exists():
+        raise UserError(f"--demo {folder}: {there} is there and no phantoms are in it; give another folder")
     say(f"demo: drawing phantom radiographs in {folder}")
     root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
     trained = replace(config, data_dir=root, demo=None)

@@ -254,6 +254,14 @@ def test_no_images_of_a_class_is_said(phantom_copy: Path, tmp_path: Path, capsys
     assert "abnormal" in one_line(capsys.readouterr().err)
 
 
+def test_the_demo_never_draws_over_radiographs(phantom_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (phantom_copy / "phantoms.csv").unlink()  # so that they could be anybody's
+    before = {path: path.read_bytes() for path in phantom_copy.rglob("*") if path.is_file()}
+    assert run_inside("--demo", phantom_copy.parent) == 2
+    assert f"{phantom_copy} is there and no phantoms are in it" in one_line(capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in phantom_copy.rglob("*") if path.is_file()} == before
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_command("--data-dir", tmp_path / "nowhere", "--debug", "--device", "cpu")
     assert done.returncode == 2 and "Traceback" in done.stderr

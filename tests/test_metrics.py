@@ -440,7 +440,7 @@ def test_threshold_is_the_best_by_brute_force(cases: list[tuple[int, int]]) -> N
     candidates = [0.5] + [(a + b) / 2 for a, b in pairwise(levels)]
     kappas = np.array([mad.score(label, probability, t)["kappa"][0] for t in candidates])
     found = mad.best_threshold(label, probability)
-    if np.isnan(kappas).all():
+    if len(set(label)) == 1:
         assert found == 0.5
     else:
         best = [t for t, kappa in zip(candidates, kappas, strict=True) if kappa == np.nanmax(kappas)]
@@ -452,6 +452,8 @@ def test_threshold_by_hand() -> None:
     assert mad.best_threshold(np.array([0, 0, 1, 1]), np.array([0.05, 0.1, 0.2, 0.8])) == pytest.approx(0.15)
     assert mad.best_threshold(np.array([0, 1]), np.array([0.1, 0.9])) == 0.5
     assert mad.best_threshold(np.array([1, 1]), np.array([0.1, 0.3])) == 0.5
+    assert mad.best_threshold(np.array([1, 1, 1]), np.array([0.7, 0.8, 0.9])) == 0.5  # elsewhere kappa is 0, here undefined
+    assert mad.best_threshold(np.array([0, 0, 0]), np.array([0.1, 0.2, 0.3])) == 0.5
     assert mad.best_threshold(np.array([0, 1]), np.array([0.3, 0.3])) == 0.5
     assert mad.best_threshold(np.array([], int), np.array([])) == 0.5
 

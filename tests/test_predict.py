@@ -570,6 +570,56 @@ def test_unwritable_output_is_one_line(ask: Ask, image: Path, capsys: pytest.Cap
         assert not said.out
 
 
+def test_an_input_is_never_written_over(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(image, "scan.png")
+    shutil.copy(image, "scan.csv")
+    before = image.read_bytes()
+    for arguments in (["scan.png", "--figure", "./scan.png"], ["scan.csv", "--output", "scan.csv"]):
+        assert ask(*arguments) == mad.EXIT_USAGE
+        assert f"{arguments[1]} {arguments[2].removeprefix('./')}: is an input" in capsys.readouterr().err.splitlines()[-1]
+    assert Path("scan.png").read_bytes() == Path("scan.csv").read_bytes() == before
+
+
+def test_maps_of_an_image_of_any_name(ask: Ask, image: Path) -> None:
+    for name in ("file", "allow_pickle"):
+        shutil.copy(image, name)
+    assert ask("file", "allow_pickle", "--save-cam", "maps.npz") == mad.EXIT_DONE
+    with np.load("maps.npz") as maps:
+        assert set(maps) == {"file", "allow_pickle"}
+        assert maps["file"].shape == Image.open(image).size[::-1]
+
+
+def test_rows_are_kept_where_stdout_fails(ask: Ask, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a full disk behind `>` does."""
+    def full(text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mad, "say", full)
+    assert ask(image, "--output", "r.csv") == mad.EXIT_FAILED
+    assert len(rows_of(Path("r.csv"))) == 1
+
+
+def test_linked_folders_are_searched_once_and_closed_ones_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("top/ward", "elsewhere/study1_negative", "top/closed"):
+        (tmp_path / place).mkdir(parents=True)
+    for name in ("top/x.png", "elsewhere/study1_negative/image1.png", "top/closed/y.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "top" / "ward" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "top", target_is_directory=True)
+    scan = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = {str(path.relative_to(tmp_path)): len(views) for path, views in mad.collect_inputs([tmp_path / "top"])}
+    assert found == {"top/x.png": 1, "top/ward/link/study1_negative": 1, "top/closed": 0}
+
+
 def test_checkpoint_that_is_missing_or_something_else(
     ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
