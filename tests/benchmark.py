@@ -288,7 +288,7 @@ def predict(bench: Bench) -> Measured:
     command = (SCRIPT, "--predict", bench.views[0].path, "--checkpoint", checkpoint, "--figure", figure,
                "--device", bench.device.type)
     ratio, *seconds = bench.versus(lambda: bench.run(*command), lambda: bench.run("-c", "import torch, torchvision"),
-                                   warm_up=False)
+                                   2, warm_up=False)
     if not figure.exists():
         raise SystemExit("benchmark: --predict saved no figure")
     return 1 / ratio, f"{1 / ratio:.2f}x", "{:.1f} : {:.1f} s, densenet169 at 320 px".format(*seconds)

@@ -110,10 +110,12 @@ def test_the_table_above_covers_every_option():
 def test_every_flag_reaches_config(name: str):
     values, expected = GIVEN[name]
     mode = [] if name in MODES - {"evaluate"} | {"data_dir"} else ["--data-dir", "d"]
+    if name in ("output", "save_cam"):
+        mode = ["--predict", "x.png"]
     config = mad.parse_options([*mode, "--" + name.replace("_", "-"), *values])
     assert getattr(config, name) == expected != FIELDS[name].default
     assert type(getattr(config, name)) is type(expected)
-    others = {other: getattr(config, other) for other in FIELDS if other not in (name, "data_dir")}
+    others = {other: getattr(config, other) for other in FIELDS if other not in (name, "data_dir", mode[:1] and mode[0][2:])}
     expected_others = {other: FIELDS[other].default for other in others}
     if name == "demo":  # which brings defaults of its own
         expected_others |= mad.DEMO_DEFAULTS | {"checkpoint": (expected / "demo.pth",)}
@@ -288,6 +290,9 @@ def test_the_ends_of_each_range_are_taken(flag: str, values: list[str]):
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
+    (["--data-dir", "d", "--output", "r.csv"], "--output and --save-cam go with --predict"),
+    (["--demo", "--save-cam", "r.npz"], "--output and --save-cam go with --predict"),
+    (["--demo", "--figure", "."], "--figure .: name a file, not a folder"),
     ([], "--data-dir DIR is needed, or --predict, or --demo"),
     (["--evaluate", "--checkpoint", "a.pth"], "--data-dir DIR is needed"),
     (["--data-dir"], "argument --data-dir: expected one argument"),

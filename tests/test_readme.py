@@ -115,7 +115,8 @@ def test_examples_of_the_help_are_taken() -> None:
 
 
 def test_flags_named_in_the_readme_exist() -> None:
-    others = {"--nproc-per-node", "--quick", "--only", "--out", "--recipes", "--take"}  # of torchrun, benchmark and recipe.py
+    # of torchrun, benchmark.py and recipe.py
+    others = {"--nproc-per-node", "--quick", "--only", "--out", "--recipes", "--take", "--valid"}
     known = set(mad.build_parser()._option_string_actions) | others
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
