@@ -127,10 +127,10 @@ class Bench:
         return time.perf_counter() - began
 
     def versus(
-        self, ours: Callable[[], object], other: Callable[[], object], rounds: int = 0, *, warm_up: bool = True
+        self, ours: Callable[[], object], other: Callable[[], object], rounds: int = 0
     ) -> tuple[float, float, float]:
         """Give the median of other / ours (above 1: ours is faster), and the median seconds of ours and other."""
-        for side in (ours, other) if warm_up else ():
+        for side in (ours, other):
             side()
         both = [(self.clock(ours), self.clock(other)) for _ in range(rounds or self.rounds)]
         return median(b / a for a, b in both), median(a for a, _ in both), median(b for _, b in both)
@@ -287,8 +287,7 @@ def predict(bench: Bench) -> Measured:
         "normalization": asdict(IMAGENET), "state_dict": mad.build_network("densenet169", "none", 0).state_dict()})
     command = (SCRIPT, "--predict", bench.views[0].path, "--checkpoint", checkpoint, "--figure", figure,
                "--device", bench.device.type)
-    ratio, *seconds = bench.versus(lambda: bench.run(*command), lambda: bench.run("-c", "import torch, torchvision"),
-                                   2, warm_up=False)
+    ratio, *seconds = bench.versus(lambda: bench.run(*command), lambda: bench.run("-c", "import torch, torchvision"), 2)
     if not figure.exists():
         raise SystemExit("benchmark: --predict saved no figure")
     return 1 / ratio, f"{1 / ratio:.2f}x", "{:.1f} : {:.1f} s, densenet169 at 320 px".format(*seconds)
