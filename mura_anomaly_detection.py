@@ -3274,6 +3274,20 @@ class Predictor:
         return [(*pair, member.image_size, member.fit) for pair in zip(probabilities, evidence, strict=True)]
 
 
+def require_targets(targets: dict[str, Path | None], inputs: Sequence[Input]) -> None:
+    """See before the work that the files of --predict, by flag, can be written and that none is an input.
+
+    Raises:
+        UserError: which cannot, or would be replaced.
+    """
+    given = {flag: path for flag, path in targets.items() if path}
+    read = {os.path.realpath(path) for _, views in inputs for path in views if given}
+    for flag, path in given.items():
+        if os.path.realpath(path) in read:
+            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
+        require_place(path)
+
+
 def figure_stem(path: Path) -> str:
     """Name a figure after its input; a name that has no room for an ending is cut."""
     stem = path.resolve().stem
@@ -3468,12 +3482,7 @@ def predict_command(config: Config, stop: StopSignals) -> int:
         figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
     if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
         raise UserError(f"--figure {figures}: is to be a folder for several inputs")
-    read = {path.resolve() for _, views in inputs for path in views}
-    for flag, path in (("output", config.output), ("save-cam", config.save_cam), ("figure", figures if single else None)):
-        if path and path.resolve() in read:
-            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-    for path in filter(None, (config.output, config.save_cam)):
-        require_place(path)
+    require_targets({"output": config.output, "save-cam": config.save_cam, "figure": figures if single else None}, inputs)
     show = can_show(config)
     note(RESEARCH_ONLY)
     rows: list[dict[str, Any]] = []

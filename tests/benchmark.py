@@ -126,9 +126,7 @@ class Bench:
         wait()
         return time.perf_counter() - began
 
-    def versus(
-        self, ours: Callable[[], object], other: Callable[[], object], rounds: int = 0
-    ) -> tuple[float, float, float]:
+    def versus(self, ours: Callable[[], object], other: Callable[[], object], rounds: int = 0) -> tuple[float, float, float]:
         """Give the median of other / ours (above 1: ours is faster), and the median seconds of ours and other."""
         for side in (ours, other):
             side()
