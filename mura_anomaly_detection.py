@@ -3290,7 +3290,7 @@ def require_targets(targets: dict[str, Path | None], inputs: Sequence[Input]) ->
 
 def figure_stem(path: Path) -> str:
     """Name a figure after its input; a name that has no room for an ending is cut."""
-    stem = path.resolve().stem
+    stem = Path(os.path.realpath(path)).stem  # unlike Path.resolve, it takes links in a circle
     return stem if len(os.fsencode(stem)) <= 200 else shorten(stem, 50)  # bytes; file systems take 255
 
 

@@ -580,6 +580,15 @@ def test_an_input_is_never_written_over(ask: Ask, image: Path, capsys: pytest.Ca
     assert Path("scan.png").read_bytes() == Path("scan.csv").read_bytes() == before
 
 
+def test_links_in_a_circle_are_unreadable_inputs(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.png").symlink_to("b.png")
+    Path("b.png").symlink_to("a.png")
+    assert ask("a.png") == mad.EXIT_FAILED
+    assert ask("a.png", image, "--output", "r.csv", "--figure", "figures") == mad.EXIT_SOME_FAILED
+    assert capsys.readouterr().err.count("a.png: too many levels of symbolic links") == 2
+    assert [bool(row["error"]) for row in rows_of(Path("r.csv"))] == [True, False]
+
+
 def test_maps_of_an_image_of_any_name(ask: Ask, image: Path) -> None:
     for name in ("file", "allow_pickle"):
         shutil.copy(image, name)
