@@ -27,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,6 +54,7 @@ class Recipe:
     shift: float = 0.0  # largest random shift, share of the side
     frozen: bool = False  # batch normalisation keeps its statistics
     settled_first: bool = False  # which are taken from radiographs before the training
+    staged: bool = False  # the head sees the means of the last three stages, and starts from a logistic regression
 
 
 STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
@@ -74,6 +76,9 @@ RECIPES = {
     "lower layers slower": Recipe(lower_lr=0.3, head_lr=3),
     "SGD": Recipe({"lr": 0.01, "weight_decay": 1e-4}, sgd=True),
     "frozen": Recipe(frozen=True),
+    "three stages": Recipe(staged=True),
+    "three stages, frozen, 1e-4": Recipe({"lr": 1e-4}, staged=True, frozen=True),
+    "three stages, regression alone": Recipe({"epochs": 0}, staged=True, frozen=True),
     "frozen, settled": Recipe(frozen=True, settled_first=True),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
     "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
@@ -90,6 +95,8 @@ class Candidate(mura.Trainer):
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
         self.recipe, self.averaged = recipe, None
+        if recipe.staged:
+            recipe = replace(recipe, head_lr=0.1)  # Adam moves each of 3,584 standardised inputs' weights by the rate
         own = ("sgd", "beta2", "linear", "constant", "head_lr", "lower_lr")  # beyond the program
         if any(getattr(recipe, name) != getattr(Recipe(), name) for name in own):
             rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
@@ -112,10 +119,7 @@ class Candidate(mura.Trainer):
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.recipe.frozen:
-            for module in self.network.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.eval()
+        self.freeze()
         if self.recipe.first_size < 1:
             images = self.shrunk(images)
         labels = labels * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
@@ -130,6 +134,28 @@ class Candidate(mura.Trainer):
         torch.autograd.backward(loss / count)
         return loss.detach().double(), ((logits.detach() > 0) == (labels > 0.5)).sum().double()
 
+    def freeze(self) -> None:
+        """Where the recipe says so, have batch normalisation keep its statistics."""
+        for module in self.network.modules() if self.recipe.frozen else ():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+    @torch.no_grad()
+    def fit_head(self, feed: mura.Feed, labels: np.ndarray) -> None:
+        """Start the head of `Staged` from the regression on the training images and their mirror images (arXiv 2202.10054)."""
+        self.network.train()
+        self.freeze()
+        rows: list[list[np.ndarray]] = [[], []]
+        for pixels in feed(np.array_split(np.arange(len(labels)), -(-len(labels) // self.config.batch_size))):
+            for way, dims in zip(rows, ((), (3,)), strict=True):
+                way.append(self.network.pool(self.normalization(mura.to_unit(pixels)).flip(dims)).numpy())
+        pooled = np.concatenate([np.concatenate(way) for way in rows])
+        center, spread = pooled.mean(0), np.maximum(pooled.std(0), 1e-4)
+        found = LogisticRegression(C=1 / 300, max_iter=1000).fit((pooled - center) / spread, np.tile(labels, 2))
+        for target, value in ((self.network.center, center), (self.network.spread, spread),
+                              (self.network.head.weight[0], found.coef_[0]), (self.network.head.bias, found.intercept_)):
+            target.copy_(torch.from_numpy(value))
+
     def shrunk(self, images: torch.Tensor) -> torch.Tensor:
         """Images of this epoch's size, a multiple of 16 px."""
         begun = min(1.0, self.progress.epoch / (self.config.epochs / 2))
@@ -143,6 +169,26 @@ class Candidate(mura.Trainer):
         super().update()
         if self.averaged:
             self.averaged.update_parameters(self.network)
+
+
+class Staged(mura.Network):
+    """A ResNet-50 whose head sees the standardised means of the maps of layer2, layer3 and layer4."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.head = torch.nn.Linear(512 + 1024 + 2048, 1)
+        self.register_buffer("center", torch.zeros(self.head.in_features))
+        self.register_buffer("spread", torch.ones(self.head.in_features))
+
+    def pool(self, images: torch.Tensor) -> torch.Tensor:
+        """Map normalised images (B, 3, S, S) to the means (B, 3584)."""
+        maps = [images]
+        for stage in self.backbone:
+            maps.append(stage(maps[-1]))
+        return torch.cat([stage.mean((2, 3)) for stage in maps[-3:]], 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head((self.pool(images) - self.center) / self.spread)[:, 0]
 
 
 def zoomed(recipe: Recipe, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -169,7 +215,8 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, fold:
         sides[fold_of(view.patient, folds) == fold].append(view)
     train, held_out = (mura.MuraDataset(decoded, sides[side]) for side in (False, True))
     arithmetic = mura.choose_arithmetic(mura.choose_device(config.device), config.precision)
-    network = arithmetic.prepare(mura.build_network(config.model or mura.PAPER_MODEL, config.weights, config.seed))
+    with mock.patch.object(mura, "Network", Staged if recipe.staged else mura.Network):
+        network = arithmetic.prepare(mura.build_network(config.model or mura.PAPER_MODEL, config.weights, config.seed))
     normalization = mura.choose_normalization(config.normalization, train)
     steps = config.epochs * -(-len(train) // config.batch_size)
     trainer = Candidate(recipe, network, config, arithmetic, normalization, steps, mura.Processes())
@@ -178,6 +225,8 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, fold:
     feed, given = mura.Feed(train, arithmetic.device), (arithmetic, normalization, config.batch_size)
     if recipe.settled_first:
         mura.settle_statistics(network, feed, *given, config.settle, config.seed)
+    if recipe.staged:
+        trainer.fit_head(feed, train.labels)
     for _ in range(config.epochs):
         mura.train_epoch(trainer, feed, weights, mura.StopSignals(), lambda stopping: None)
         trainer.end_epoch({"val_accuracy": None, "val_loss": trainer.progress.loss / trainer.progress.seen})
