@@ -58,6 +58,8 @@ class Recipe:
 
 
 STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
+STAGED = Recipe(staged=True, head_lr=0.1)  # Adam moves each of 3,584 standardised inputs' weights by the rate
+FOLDS_ONLY = ("ema", "zoom", "shift", "settled_first", "staged")  # what the program's own training cannot be made to do
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
@@ -76,10 +78,10 @@ RECIPES = {
     "lower layers slower": Recipe(lower_lr=0.3, head_lr=3),
     "SGD": Recipe({"lr": 0.01, "weight_decay": 1e-4}, sgd=True),
     "frozen": Recipe(frozen=True),
-    "three stages": Recipe(staged=True),
-    "three stages, frozen, 1e-4": Recipe({"lr": 1e-4}, staged=True, frozen=True),
-    "three stages, regression alone": Recipe({"epochs": 0}, staged=True, frozen=True),
     "frozen, settled": Recipe(frozen=True, settled_first=True),
+    "three stages": STAGED,
+    "three stages, frozen, 1e-4": replace(STAGED, flags={"lr": 1e-4}, frozen=True),
+    "three stages, regression alone": replace(STAGED, flags={"epochs": 0}, frozen=True),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
     "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
     "batch 16, average": Recipe({"batch_size": 16}, ema=0.98),
@@ -95,8 +97,6 @@ class Candidate(mura.Trainer):
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
         self.recipe, self.averaged = recipe, None
-        if recipe.staged:
-            recipe = replace(recipe, head_lr=0.1)  # Adam moves each of 3,584 standardised inputs' weights by the rate
         own = ("sgd", "beta2", "linear", "constant", "head_lr", "lower_lr")  # beyond the program
         if any(getattr(recipe, name) != getattr(Recipe(), name) for name in own):
             rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
@@ -148,7 +148,7 @@ class Candidate(mura.Trainer):
         rows: list[list[np.ndarray]] = [[], []]
         for pixels in feed(np.array_split(np.arange(len(labels)), -(-len(labels) // self.config.batch_size))):
             for way, dims in zip(rows, ((), (3,)), strict=True):
-                way.append(self.network.pool(self.normalization(mura.to_unit(pixels)).flip(dims)).numpy())
+                way.append(self.network.pool(self.normalization(mura.to_unit(pixels)).flip(dims)).cpu().numpy())
         pooled = np.concatenate([np.concatenate(way) for way in rows])
         center, spread = pooled.mean(0), np.maximum(pooled.std(0), 1e-4)
         found = LogisticRegression(C=1 / 300, max_iter=1000).fit((pooled - center) / spread, np.tile(labels, 2))
@@ -259,6 +259,9 @@ def run_all(options: argparse.Namespace, shared: dict[str, Any]) -> None:
     root = mura.find_data_root(options.data_dir)
     index = mura.index_split(root, "train")
     names = sorted({name for blend in options.recipes for name in blend.partition("@")[0].split("+")}, key=list(RECIPES).index)
+    for name in names if options.valid else ():
+        if any(getattr(RECIPES[name], item) != getattr(Recipe(), item) for item in FOLDS_ONLY):
+            raise SystemExit(f"recipe.py: {name}: not with --valid")
     for fold in range(options.take or options.folds):
         for name in names:
             file = options.out / f"{name}.{fold}.npz"
