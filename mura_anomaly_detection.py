@@ -951,7 +951,7 @@ def build_shard(file: Path, views: Sequence[View], size: int, config: Config, ba
         for name, square in zip(names, squares, strict=True):
             if isinstance(square, str):
                 bad[name] = square
-            content = bytes(size**2) if isinstance(square, str) else square.tobytes()
+            content = memoryview(bytes(size**2)) if isinstance(square, str) else square.data
             checksums.append(zlib.crc32(content))
             out.write(content)
             bar.update()
