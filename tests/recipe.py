@@ -54,6 +54,8 @@ class Recipe:
     shift: float = 0.0  # largest random shift, share of the side
     frozen: bool = False  # batch normalisation keeps its statistics
     settled_first: bool = False  # which are taken from radiographs before the training
+    sam: float = 0.0  # radius of adaptive sharpness-aware minimisation (arXiv 2102.11600): two gradients a step
+    twin: float = 0.0  # weight of the divergence between an image's answer and its mirror image's (arXiv 2106.14448)
     staged: bool = False  # the head sees the means of the last three stages, and starts from a logistic regression
 
 
@@ -82,6 +84,10 @@ RECIPES = {
     "three stages": STAGED,
     "three stages, frozen, 1e-4": replace(STAGED, flags={"lr": 1e-4}, frozen=True),
     "three stages, regression alone": replace(STAGED, flags={"epochs": 0}, frozen=True),
+    "SAM": Recipe(sam=0.5),
+    "mirror": Recipe(twin=1.0),
+    "lower layers faster": Recipe(lower_lr=3),
+    "15 epochs, mixup": Recipe({"epochs": 15}, mixup=0.2),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
     "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
     "batch 16, average": Recipe({"batch_size": 16}, ema=0.98),
@@ -123,6 +129,10 @@ class Candidate(mura.Trainer):
         if self.recipe.first_size < 1:
             images = self.shrunk(images)
         labels = labels * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
+        if self.recipe.sam:
+            return self.sharpness_aware(images, labels, weights, drawn, count)
+        if self.recipe.twin:
+            return self.with_mirror(images, labels, weights, drawn, count)
         if not self.recipe.mixup:
             return super().backward(images, labels, weights, drawn, count)
         random = np.random.default_rng([7, self.progress.epoch, self.progress.batch])
@@ -133,6 +143,33 @@ class Candidate(mura.Trainer):
                 + (1 - share) * mura.weighted_loss(logits, labels[other], weights[other]))
         torch.autograd.backward(loss / count)
         return loss.detach().double(), ((logits.detach() > 0) == (labels > 0.5)).sum().double()
+
+    def sharpness_aware(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the gradient where the loss is highest nearby, distances measured in shares of each weight."""
+        found = super().backward(*given)
+        with torch.no_grad():
+            moved = [(p, p.clone()) for p in self.network.parameters()]
+            norm = torch.stack([(p.abs() * p.grad).norm() for p, _ in moved]).norm()
+            for p, _ in moved:
+                p += self.recipe.sam * p.square() * p.grad / norm
+        self.optimizer.zero_grad()
+        super().backward(*given)
+        with torch.no_grad():
+            for p, before in moved:
+                p.copy_(before)
+        return found
+
+    def with_mirror(
+        self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Learn from each image and its mirror image, and that both have one answer."""
+        pixels = self.normalization(mura.augment(mura.to_unit(images), drawn))
+        logits = self.forward(torch.cat([pixels, pixels.flip(3)]))
+        first, second = logits.chunk(2)
+        apart = (torch.sigmoid(first) - torch.sigmoid(second)) * (first - second)  # of two Bernoullis, both ways
+        loss = mura.weighted_loss(logits, labels.repeat(2), weights.repeat(2)) / 2 + self.recipe.twin * apart.sum() / 2
+        torch.autograd.backward(loss / count)
+        return loss.detach().double(), ((first.detach() > 0) == (labels > 0.5)).sum().double()
 
     def freeze(self) -> None:
         """Where the recipe says so, have batch normalisation keep its statistics."""
