@@ -72,6 +72,7 @@ RECIPES = {
     "label smoothing": Recipe(smoothing=0.1),
     "progressive size": Recipe(first_size=0.6),
     "10 epochs": Recipe({"epochs": 10}),
+    "15 epochs": Recipe({"epochs": 15}),
     "batch 4": Recipe({"batch_size": 4}),
     "batch 16": Recipe({"batch_size": 16}),
     "lr 1e-4": Recipe({"lr": 1e-4}),
