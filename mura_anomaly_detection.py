@@ -7,7 +7,7 @@
 
     mura_anomaly_detection.py --demo                                  # all of it, on drawn phantoms
     mura_anomaly_detection.py --data-dir MURA-v1.1 --tasks ELBOW --checkpoint elbow.pth
-    mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint elbow.pth resnet.pth
+    mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint densenet.pth resnet.pth
     mura_anomaly_detection.py --predict image1.png --checkpoint elbow.pth
     mura_anomaly_detection.py --predict studies/ --checkpoint elbow.pth --output results.csv
 
@@ -46,7 +46,7 @@ RESEARCH_ONLY = "for research and teaching, not for diagnosis"
 CLASSES = ("normal", "abnormal")  # index = label
 PAPER_MODEL, PAPER_SIZE = "densenet169", 320  # architecture and input side in pixels: arXiv 1712.06957, section 3.1
 FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
-HEATMAP_ENDING = "_heatmap.png"  # of the figure that --predict saves unasked
+HEATMAP_ENDING = "_heatmap.png"  # of figures that --predict names by itself
 
 
 class UserError(Exception):
@@ -114,7 +114,7 @@ DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3
 }
 PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
     "image_size": PAPER_SIZE, "fit": "stretch", "normalization": "imagenet", "batch_size": 8, "lr": 1e-4, "schedule": "plateau",
-    "weight_decay": 0.0, "flip": 0.5, "rotation": 30.0, "brightness": 0.0, "contrast": 0.0, "settle": 0,
+    "weight_decay": 0.0, "flip": 0.5, "rotation": 30.0, "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "settle": 0,
 }
 LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
 
@@ -174,6 +174,9 @@ class Config:
     brightness: float = option("training", 0.1, "largest random shift of brightness, share of full scale", type=PROBABILITY,
                                metavar="X")
     contrast: float = option("training", 0.2, "largest random change of contrast, share", type=PROBABILITY, metavar="X")
+    mixup: float = option(
+        "training", 0.0, "blend each image with another of its batch, by shares from the beta distribution (X, X); 0 = never "
+        "(paper), 0.2 for long runs", type=number(float, 0, 10), metavar="X")
     settle: int = option(
         "training", 256, "unvaried training images from which batch normalisation takes its statistics before validation; 0 = "
         "those that training left (paper)", type=number(int, 0), metavar="N")
@@ -291,6 +294,9 @@ def usage_problem(config: Config) -> str | None:
          f"--figure {config.figure}: use {', '.join(FIGURE_SUFFIXES[1:])}, or a folder for several inputs"),
         (config.save_cam and config.save_cam.suffix != ".npz", f"--save-cam {config.save_cam}: use .npz"),
         ((config.output or config.save_cam) and not config.predict, "--output and --save-cam go with --predict"),
+        (config.figure and not (config.predict or config.demo), "--figure goes with --predict and --demo"),
+        (config.split != "valid" and not config.evaluate, "--split goes with --evaluate"),
+        (training and config.mixup and config.batch_size == 1, "--mixup blends images of a batch: --batch-size 1 has but one"),
         (config.demo and config.figure and config.figure.is_dir(), f"--figure {config.figure}: name a file, not a folder"),
     ]
     return next((text for wrong, text in problems if wrong), None)
@@ -577,7 +583,7 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+        names = sorted(kind, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
         val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
     if not val:
         raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
@@ -884,7 +890,7 @@ def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path
         with contextlib.suppress(OSError):
             status = os.stat(view.file)  # noqa: PTH116
             state = f"{status.st_size}|{status.st_mtime_ns}"
-        digest.update(f"{view.name}|{state}\n".encode())
+        digest.update(os.fsencode(f"{view.name}|{state}\n"))  # a name may be any bytes
     return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
 
 
@@ -973,7 +979,7 @@ def cache_folder(config: Config, root: Path) -> Path:
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError(f"{root}: cannot be written, and there is no home folder: give --cache-dir") from error
-    return user / PROGRAM / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return user / PROGRAM / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -1076,7 +1082,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
         """Tell this set from any other: a digest of names, labels and pixels."""
         checksums = [self._shards[shard].checksums[row] for shard, row in self._rows]
         lines = (f"{view.name},{view.label},{crc}\n" for view, crc in zip(self.views, checksums, strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -1123,7 +1129,7 @@ def choose_image_size(views: Sequence[View], asked: int | None) -> int:
 
 # ===== 5 batches and augmentation ====================================================================================
 
-ORDER, VARIATION, STATISTICS = 0, 1, 2  # streams of random numbers
+ORDER, VARIATION, STATISTICS, MIXTURE = 0, 1, 2, 3  # streams of random numbers
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -1186,6 +1192,14 @@ def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor
     return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
+def draw_own_share(config: Config, epoch: int, batch: int) -> float:
+    """Draw what is left of each image of a batch when mixup blends it with another, 1/2 to 1 (arXiv 1710.09412, section 2)."""
+    if not config.mixup:
+        return 1.0
+    share = np.random.default_rng([MIXTURE, config.seed, epoch, batch]).beta(config.mixup, config.mixup)
+    return float(max(share, 1 - share))  # of two images blended either way, the greater share is the image's own
+
+
 def augment(images: Tensor, drawn: Tensor) -> Tensor:
     """Flip, rotate (about the centre, black outside) and change brightness and contrast of a whole batch at once.
 
@@ -1218,7 +1232,8 @@ class Normalization:
         if self.kind == "image":
             std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
             return ((images - mean) / std.clamp(min=1 / 255)).expand(-1, 3, -1, -1)  # a blank image stays finite
-        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        given = (torch.tensor(values, dtype=images.dtype).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (values.to(images.device, non_blocking=True) for values in given)
         return (images - mean) / std
 
 
@@ -1694,7 +1709,8 @@ class Stopped(BaseException):
 class StopSignals:
     """Notes SIGINT and SIGTERM instead of dying of them, so that the loops can stop between two batches.
 
-    A second signal ends the process the plain way. In a thread other than the main one nothing is installed.
+    A second Ctrl-C ends the process the plain way; SIGTERM may come several times, from torchrun and from a scheduler.
+    In a thread other than the main one nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -1705,7 +1721,8 @@ class StopSignals:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
@@ -1860,7 +1877,9 @@ class Trainer:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def backward(self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int, own: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Compute the gradient of this process's share of a batch; the step itself is `update`.
 
         When the card's memory is short, the share is computed in twice as many parts: the same batch, the same gradient but
@@ -1872,16 +1891,17 @@ class Trainer:
             weights: (b,) of the loss.
             drawn: (b, 4) augmentation.
             count: images of the batch over all processes.
+            own: share that an image keeps of itself; the rest is the next one of `images`, in pixels and in the loss.
 
         Returns:
-            The sum of the losses and the number of correct images, as tensors.
+            The sum of the losses and the number of correct images, by their own labels, as tensors.
 
         Raises:
             UserError: out of memory where it cannot be helped.
         """
         while True:
             try:
-                return self._accumulate(images, labels, weights, drawn, count)
+                return self._accumulate((images, labels, weights, drawn), count, own)
             except torch.OutOfMemoryError as error:
                 fits = -(-len(images) // (2 * self.accumulate))
                 if self.processes.world > 1 or self.accumulate >= len(images):
@@ -1894,18 +1914,24 @@ class Trainer:
             note(f"out of memory: batches are now computed in {self.accumulate} parts of at most {fits} images (as "
                  f"--accumulate {self.accumulate} does); the batch size stays")
 
-    def _accumulate(self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        parts = min(self.accumulate, len(images))
-        pieces = list(zip(*(values.tensor_split(parts) for values in (images, labels, weights, drawn)), strict=True))
+    def _accumulate(self, batch: tuple[Tensor, ...], count: int, own: float) -> tuple[Tensor, Tensor]:
+        parts = min(self.accumulate, len(batch[0]))
+        following = (values.roll(-1, 0) for values in batch)
+        pieces = list(zip(*(values.tensor_split(parts) for values in (*batch, *following)), strict=True))
         precise = torch.float32 if self.arithmetic.device.type == "mps" else torch.float64  # MPS has no float64
         loss_sum = correct = torch.zeros((), device=self.arithmetic.device, dtype=precise)
-        for i, (pixels, truth, weight, variation) in enumerate(pieces):
+        for i, (pixels, truth, weight, variation, *following_piece) in enumerate(pieces):
             unsynced = self.processes.world > 1 and i < parts - 1
             with self.forward.no_sync() if unsynced else contextlib.nullcontext():  # type: ignore[operator]
-                inputs = self.normalization(augment(to_unit(pixels), variation))
+                images = augment(to_unit(pixels), variation)
+                if own < 1:
+                    other, other_truth, other_weight, other_variation = following_piece
+                    images = torch.lerp(augment(to_unit(other), other_variation), images, own)
                 with self.arithmetic.autocast():
-                    logits = self.forward(inputs)
+                    logits = self.forward(self.normalization(images))
                 loss = weighted_loss(logits, truth, weight)
+                if own < 1:
+                    loss = torch.lerp(weighted_loss(logits, other_truth, other_weight), loss, own)
                 torch.autograd.backward(loss * (self.processes.world / count))  # DDP averages over processes
             loss_sum = loss_sum + loss.detach()
             correct = correct + ((logits.detach() > 0) == (truth > 0.5)).sum()
@@ -1968,7 +1994,8 @@ def train_epoch(
         drawn = draw_variation(config, len(batch), progress.epoch, number)[processes.rank :: processes.world]
         given = (torch.from_numpy(feed.dataset.labels[mine]).float(), torch.from_numpy(weights[mine]), drawn)
         labels, weight, drawn = (values.to(device, non_blocking=True) for values in given)  # none waits
-        loss, correct = trainer.backward(pixels, labels, weight, drawn, len(batch))
+        own = draw_own_share(config, progress.epoch, number)
+        loss, correct = trainer.backward(pixels, labels, weight, drawn, len(batch), own)
         sums = processes.total(torch.stack([loss, correct, *loss.new_tensor([len(mine), stop.signum])]))
         if not math.isfinite(sums[0]):
             names = ", ".join(feed.dataset.views[i].name for i in batch)
@@ -2005,21 +2032,19 @@ def settle_statistics(
         seed: of the choice of images; equal in all processes, so that their statistics are.
         tick: called with the number of images done.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     chosen = np.random.default_rng([STATISTICS, seed]).permutation(len(feed.dataset))[:images]
-    if not (norms and len(chosen)):
+    if not len(chosen):
         return
-    momenta = [module.momentum for module in norms]
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # a plain mean
+
+    def inputs() -> Iterator[Tensor]:
+        """Normalise batch after batch."""
+        for pixels in feed(np.array_split(chosen, -(-len(chosen) // batch_size))):
+            yield normalization(to_unit(pixels))
+            tick(len(pixels))
+
     network.train()
-    for pixels in feed(np.array_split(chosen, -(-len(chosen) // batch_size))):
-        with arithmetic.autocast():
-            network.features(normalization(to_unit(pixels)))
-        tick(len(pixels))
-    for module, momentum in zip(norms, momenta, strict=True):
-        module.momentum = momentum
+    with arithmetic.autocast():
+        torch.optim.swa_utils.update_bn(inputs(), network)
 
 
 @torch.inference_mode()
@@ -2216,6 +2241,7 @@ class Member:
     threshold: float
     threshold_source: str
     bad_images: int  # of the training set, that could not be read
+    parts: list[str]  # body parts of the training set
     patients: dict[str, list[str]]  # of train and val
 
 
@@ -2234,7 +2260,7 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
-        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "patients")
+        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "parts", "patients")
         member = Member(path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in names))
         known = content["model"] in ("densenet169", "resnet50") and member.fit in ("stretch", "letterbox")
         in_range = member.image_size > 0 and member.temperature > 0 and 0 <= member.threshold <= 1
@@ -2833,8 +2859,9 @@ class Session:
     def settings(self) -> dict[str, Any]:
         """Give what must be the same when a run is continued: the flags that change the result, and the data."""
         flags = {item.name: getattr(self.config, item.name) for item in fields(Config)
-                 if item.metadata["group"] in LEARNING and item.name != "accumulate"}  # a way out of too little memory
-        return flags | {
+                 if item.metadata["group"] in LEARNING and item.name not in ("accumulate", "recipe")}
+        return flags | {  # --accumulate is a way out of too little memory, --recipe only sets other flags
+            "threshold": self.config.threshold,
             "model": self.trainer.network.model, "image_size": self.size,
             "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
             "data": "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set)),
@@ -2865,7 +2892,7 @@ class Session:
         """
         state = read_tensors(file, "state")
         try:
-            then = state["settings"]
+            then = {item.name: item.default for item in fields(Config)} | state["settings"]  # it may lack a newer flag
             other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
                      for name, value in self.settings().items() if then.get(name) != value]
             if other:
@@ -2892,6 +2919,7 @@ class Session:
         if stopping or time.monotonic() - self.saved_at > 60 * self.config.save_every:
             self.save_state()
         if stopping:
+            self.run.processes.wait()  # torchrun ends all when the first leaves, which must not be before the state is saved
             self.run.stop.check()
 
     def train(self) -> None:
@@ -2928,9 +2956,9 @@ class Session:
                 self.pause(bar, alone and bool(self.run.stop.signum), count)
 
             given = self.run.arithmetic, self.trainer.normalization
-            settle_statistics(network, train_feed, *given, config.batch_size, config.settle, config.seed, tick)
-            processes.same_buffers(network)
             batch_size = replace(config, accumulate=self.trainer.accumulate).scoring_batch
+            settle_statistics(network, train_feed, *given, min(batch_size, config.batch_size), config.settle, config.seed, tick)
+            processes.same_buffers(network)
             return predict_logits(network, val_feed, *given, batch_size, processes=processes, tick=tick)
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
@@ -3026,15 +3054,23 @@ def seen_in_training(members: Sequence[Member], patients: set[str], split: str) 
     return lines
 
 
-def report_notes(split: str, source: str) -> list[str]:
+def new_parts(members: Sequence[Member], parts: set[str]) -> list[str]:
+    """Say, a line each, which models have not learnt some of these body parts."""
+    strange = [(member, sorted(parts - set(member.parts))) for member in members]
+    return [f"{member.path}: learnt from {', '.join(member.parts)} alone, not from {', '.join(names)} (--tasks chooses)"
+            for member, names in strange if names]
+
+
+def report_notes(split: str, source: str, *, seen: bool) -> list[str]:
     """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
-    looked = {
-        "valid": "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so.",
-        "train": "These images were trained and selected on: the figures are too hopeful.",
-    }
+    looked = f"None of the patients of {split}/ took part in that."
+    if seen:
+        looked = f"Patients of {split}/ took part in that: the figures are too hopeful."
+    elif split == "valid":
+        looked = "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so."
     return [
-        "train and val are the patients of train/, divided by patient across body parts; the epoch of highest validation "
-        f"accuracy was kept, and its temperature fitted on val. {looked[split]}",
+        "The patients of the training set were divided into train and val across body parts; the epoch of highest validation "
+        f"accuracy was kept, and its temperature fitted on val. {looked}",
         "The loss weighs both classes of a body part alike, so a probability is that among as many normal as abnormal images.",
         f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
         "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
@@ -3044,19 +3080,13 @@ def report_notes(split: str, source: str) -> list[str]:
     ]
 
 
-def write_scored(path: Path, images: Scored, split: str) -> None:
-    """Write a row per image: path, part, patient, study, label, probability."""
-    columns = vars(images) | {"path": [f"{split}/{name}" for name in images.path]}
-    rows = zip(*columns.values(), strict=True)
-    write_csv(path, (dict(zip(columns, row, strict=True)) for row in rows), list(columns))
-
-
 def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
     """Evaluate members and ensemble; print the table and write STEM.valid.csv, STEM.report.json and STEM.report.png."""
     config, names = run.config, [str(member.path) for member in members]
     threshold, source = choose_threshold(config, members)
     images = replace(alone[0], probability=np.mean([scored.probability for scored in alone], axis=0))
-    warned = seen_in_training(members, set(images.patient.tolist()), split)
+    seen = seen_in_training(members, set(images.patient.tolist()), split)
+    warned = seen + new_parts(members, set(images.part.tolist()))
     for text in warned:
         note(text)
     judge = partial(evaluate, threshold=threshold, resamples=config.bootstrap, seed=config.seed)
@@ -3064,13 +3094,15 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
         "split": split, "checkpoints": names, "threshold": threshold, "threshold_source": source,
         "temperature": [member.temperature for member in members], "tta": config.tta,
         "bad_images": {"training": [member.bad_images for member in members], split: bad},
-        **judge(images), "notes": [*report_notes(split, source), *warned],
+        **judge(images), "notes": [*report_notes(split, source, seen=bool(seen)), *warned],
     }
     if len(members) > 1:
         report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
     say(format_table(report))
     table, written, figure = (path_of(config, ending) for ending in (f".{split}.csv", ".report.json", ".report.png"))
-    write_scored(table, images, split)
+    columns = vars(images) | {"path": [f"{split}/{name}" for name in images.path]}
+    rows = zip(*columns.values(), strict=True)
+    write_csv(table, (dict(zip(columns, row, strict=True)) for row in rows), list(columns))
     write_json(written, report)
     with atomic_write(figure) as file:
         draw_report(report, images, file)
@@ -3214,7 +3246,7 @@ class Result:
         if len(self.findings) == 1:
             return self.findings[0].error
         failed = [f"{finding.path.name}: {finding.error}" for finding in self.findings if finding.error]
-        return "; ".join(failed) if self.findings else "holds no images"
+        return "; ".join(failed) if self.findings else "holds no images that may be read"
 
     def row(self) -> dict[str, Any]:
         """Give the row of --output."""
@@ -3433,6 +3465,7 @@ def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
 def train_command(config: Config, stop: StopSignals) -> int:
     """Train, keep the best model by validation accuracy, then score valid/ once."""
     run = start_run(config, stop)
+    require_place(config.checkpoint[0])
     index = index_split(run.root, "train", config.tasks)
     announce(index)
     train_views, val_views = split_patients(index.views, config.val_split, config.seed)
@@ -3469,7 +3502,9 @@ def train_command(config: Config, stop: StopSignals) -> int:
 def evaluate_command(config: Config, stop: StopSignals) -> int:
     """Score saved models on a split."""
     run = start_run(config, stop)
-    score_split(run, load_members(config, run.arithmetic), config.split)
+    members = load_members(config, run.arithmetic)
+    require_place(path_of(config, ".report.json"))
+    score_split(run, members, config.split)
     return EXIT_DONE
 
 
@@ -3496,7 +3531,7 @@ def predict_command(config: Config, stop: StopSignals) -> int:
                     name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
                     cams[name] = seen.evidence
                 if figures and result.readable:
-                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}.png"
+                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}{HEATMAP_ENDING}"
                     explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
                 bar.update()
     finally:  # what was predicted before a stop is kept
@@ -3514,17 +3549,20 @@ def demo_command(config: Config, stop: StopSignals) -> int:
     there = folder / "MURA-v1.1"
     if there.exists() and not (there / PHANTOM_LIST).exists():
         raise UserError(f"--demo {folder}: {there} is there and no phantoms are in it; give another folder")
+    figure = config.figure or folder / "demo_heatmap.png"
+    require_place(figure)
     say(f"demo: drawing phantom radiographs in {folder}")
     root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
     trained = replace(config, data_dir=root, demo=None)
     train_command(trained, stop)
     boxes = lesion_boxes(root)
     results = list(Predictor(trained, stop).results([(path, (path,)) for path in boxes]))
-    found = [result for result in results if result.label] or results
-    say(pointing_game(found, boxes))
-    show = can_show(trained)
-    print_result(found[0])
-    explain_result(found[0], trained.figure or folder / "demo_heatmap.png", trained, show=show, box=boxes[found[0].path])
+    found = [result for result in results if result.label]
+    if found:
+        say(pointing_game(found, boxes))
+    show, shown = can_show(trained), (found or results)[0]
+    print_result(shown)
+    explain_result(shown, figure, trained, show=show, box=boxes[shown.path])
     say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
     if show:
         show_windows()
@@ -3538,12 +3576,14 @@ def export_command(config: Config, stop: StopSignals) -> int:
         UserError: an optional package is missing, or the exported network differs by more than 1e-4.
     """
     target = config.export or Path()
-    member = load_member(config.checkpoint[0], Arithmetic(torch.device("cpu"), bf16=False, channels_last=False))
+    members = load_members(config, Arithmetic(torch.device("cpu"), bf16=False, channels_last=False))
+    require_place(target)
+    member, (threshold, _) = members[0], choose_threshold(config, members)
     model = Deployed(member).eval().requires_grad_(False)
     about = {
         "input": f"grey, float32 (batch, 1, {member.image_size}, {member.image_size}), 0 black to 1 white, fit: {member.fit}",
         "output": "probability of abnormal (batch,)", "normalization": f"inside the network: {member.normalization}",
-        "temperature": str(member.temperature), "threshold": str(member.threshold), "architecture": member.network.model,
+        "temperature": str(member.temperature), "threshold": str(threshold), "architecture": member.network.model,
         "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
     }
     probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
@@ -3588,6 +3628,8 @@ def main(config: Config) -> int:
         if config.debug:
             traceback.print_exc()
         reason = next(iter(str(error).strip().splitlines()), "no message")
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "use a smaller --batch-size, of which scoring takes four times as many images at once"
         note(f"{type(error).__name__}: {reason}{'' if config.debug else ' (--debug shows where)'}", failed=True)
         return leave(EXIT_FAILED)
 

@@ -46,7 +46,6 @@ class Recipe:
     head_lr: float = 1.0  # the head's learning rate, as a multiple of the upper layers'
     lower_lr: float = 1.0  # that of all up to layer2 (ResNet-50)
     clip: float = 0.0  # largest norm of a gradient
-    mixup: float = 0.0  # alpha of the beta distribution
     smoothing: float = 0.0  # of labels: this share of each is 0.5
     first_size: float = 1.0  # side of the first epoch's images, as a share; grows to 1 in the middle of the epochs
     ema: float = 0.0  # decay of an exponential moving average of the weights, per step
@@ -88,12 +87,13 @@ RECIPES = {
     "SAM": Recipe(sam=0.5),
     "mirror": Recipe(twin=1.0),
     "lower layers faster": Recipe(lower_lr=3),
-    "15 epochs, mixup": Recipe({"epochs": 15}, mixup=0.2),
+    "mixup": Recipe({"mixup": 0.2}),
+    "15 epochs, mixup": Recipe({"epochs": 15, "mixup": 0.2}),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
     "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
     "batch 16, average": Recipe({"batch_size": 16}, ema=0.98),
     "batch 16, SGD": Recipe({"batch_size": 16, "lr": 0.02, "weight_decay": 1e-4}, sgd=True),
-    "batch 16, mixup": Recipe({"batch_size": 16}, mixup=0.2),
+    "batch 16, mixup": Recipe({"batch_size": 16, "mixup": 0.2}),
     "batch 16, clipped": Recipe({"batch_size": 16}, beta2=0.99, clip=1.0),
 }
 
@@ -124,26 +124,18 @@ class Candidate(mura.Trainer):
         return mura.quadratic_factor(step, total, self.config.warmup) ** (0.5 if falls else 1)
 
     def backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int
+        self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int,
+        share: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.freeze()
         if self.recipe.first_size < 1:
             images = self.shrunk(images)
         labels = labels * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
         if self.recipe.sam:
-            return self.sharpness_aware(images, labels, weights, drawn, count)
+            return self.sharpness_aware(images, labels, weights, drawn, count, share)
         if self.recipe.twin:
             return self.with_mirror(images, labels, weights, drawn, count)
-        if not self.recipe.mixup:
-            return super().backward(images, labels, weights, drawn, count)
-        random = np.random.default_rng([7, self.progress.epoch, self.progress.batch])
-        share, other = float(random.beta(self.recipe.mixup, self.recipe.mixup)), torch.arange(len(images)).roll(1)
-        pixels = mura.augment(mura.to_unit(images), drawn)
-        logits = self.forward(self.normalization(share * pixels + (1 - share) * pixels[other]))
-        loss = (share * mura.weighted_loss(logits, labels, weights)
-                + (1 - share) * mura.weighted_loss(logits, labels[other], weights[other]))
-        torch.autograd.backward(loss / count)
-        return loss.detach().double(), ((logits.detach() > 0) == (labels > 0.5)).sum().double()
+        return super().backward(images, labels, weights, drawn, count, share)
 
     def sharpness_aware(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the gradient where the loss is highest nearby, distances measured in shares of each weight."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import mura_anomaly_detection as mad
 
@@ -134,6 +135,28 @@ def test_draws_fill_their_ranges_evenly():
 @pytest.mark.parametrize(("flip", "side"), [(0, 1.0), (1, -1.0)])
 def test_certain_flips(flip: float, side: float):
     assert set(mad.draw_variation(replace(NOTHING, flip=flip), 200, 0, 0)[:, 0].tolist()) == {side}
+
+
+def test_without_mixup_an_image_is_all_itself():
+    assert {mad.draw_own_share(replace(FULL, mixup=0.0), epoch, batch) for epoch in range(3) for batch in range(3)} == {1.0}
+
+
+def test_the_share_of_mixup_follows_from_the_key():
+    keys = ((1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3), (1, 2, 3))  # seed, epoch, batch
+    *drawn, again = [mad.draw_own_share(replace(FULL, mixup=0.5, seed=seed), epoch, batch) for seed, epoch, batch in keys]
+    assert drawn[0] == again
+    assert len(set(drawn)) == 4
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_the_share_of_mixup_is_a_folded_beta(alpha: float):
+    """Oracle: SciPy's beta distribution; of a pair the greater share is drawn, so P(share < x) = F(x) - F(1 - x)."""
+    config = replace(FULL, mixup=alpha)
+    drawn = np.array([mad.draw_own_share(config, epoch, batch) for epoch in range(20) for batch in range(200)])
+    assert drawn.min() >= 0.5
+    assert drawn.max() <= 1
+    beta = stats.beta(alpha, alpha)
+    assert stats.kstest(drawn, lambda x: beta.cdf(x) - beta.cdf(1 - x)).statistic < 0.04
 
 
 # ---- augmentation ----

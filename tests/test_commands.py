@@ -110,7 +110,8 @@ def test_report_has_the_keys_of_the_contract(trained: Path) -> None:
 
 def test_report_says_how_sets_were_separated_and_what_valid_is_not(trained: Path) -> None:
     words = " ".join(json.loads(trained.with_name("tiny.report.json").read_text())["notes"])
-    assert "by patient" in words and "hidden test set of 207 studies" in words
+    assert "hidden test set of 207 studies" in words
+    assert "divided into train and val across body parts" in words and "valid/ took no part in that" in words
 
 
 def test_evaluate_alone_repeats_the_figures_of_training(trained: Path, phantoms: Path, tmp_path: Path) -> None:
@@ -157,7 +158,80 @@ def test_scoring_the_training_patients_is_warned_about(
     assert "were trained on" in capsys.readouterr().err
     report = json.loads(copy.with_suffix(".report.json").read_text())
     assert report["split"] == "train" and any("were trained on" in text for text in report["notes"])
+    assert "Patients of train/ took part in that: the figures are too hopeful." in report["notes"][0]
     assert (tmp_path / "copy.train.csv").is_file()
+
+
+def test_patients_of_another_set_took_no_part(trained: Path, phantom_copy: Path, tmp_path: Path) -> None:
+    """--split train of a set whose patients the model never saw is not called too hopeful."""
+    content = torch.load(trained, weights_only=True)
+    stranger = {key: value for key, value in content.items() if key not in ("format", "version")}
+    mad.write_tensors(tmp_path / "m.pth", stranger | {"patients": {"train": ["somebody"], "val": ["else"]}})
+    command = ["--data-dir", phantom_copy, "--evaluate", "--split", "train", "--bootstrap", "100", "--device", "cpu"]
+    assert run_inside(*command, "--checkpoint", tmp_path / "m.pth") == 0
+    notes = json.loads((tmp_path / "m.report.json").read_text())["notes"]
+    assert "None of the patients of train/ took part in that." in notes[0]
+
+
+def test_parts_that_a_model_never_learnt_are_said(
+    trained: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(trained, weights_only=True)
+    assert content["parts"] == ["XR_FOREARM", "XR_HUMERUS"]
+    narrow = {key: value for key, value in content.items() if key not in ("format", "version")} | {"parts": ["XR_HUMERUS"]}
+    mad.write_tensors(tmp_path / "m.pth", narrow)
+    command = ["--data-dir", phantoms, "--evaluate", "--bootstrap", "100", "--device", "cpu", "--checkpoint"]
+    said = f"{tmp_path / 'm.pth'}: learnt from XR_HUMERUS alone, not from XR_FOREARM (--tasks chooses)"
+    assert run_inside(*command, tmp_path / "m.pth") == 0
+    assert said in capsys.readouterr().err
+    assert said in json.loads((tmp_path / "m.report.json").read_text())["notes"]
+    assert run_inside(*command, tmp_path / "m.pth", "--tasks", "HUMERUS") == 0
+    assert "learnt from" not in capsys.readouterr().err
+
+
+def test_files_named_in_any_bytes_are_trained_on_and_scored(phantom_copy: Path, tmp_path: Path) -> None:
+    """A copy from an old system may have names that are not UTF-8."""
+    for split in ("train", "valid"):
+        patient = sorted((phantom_copy / split).rglob("patient*"))[0]
+        patient.rename(os.fsdecode(bytes(patient.parent) + b"/patient\xe9"))
+    for table in phantom_copy.glob("*.csv"):
+        table.unlink()
+    for command in ([], ["--evaluate"]):
+        assert run_inside("--data-dir", phantom_copy, "--checkpoint", tmp_path / "m.pth", *TINY, *command) == 0
+    rows = (tmp_path / "m.valid.csv").read_bytes()
+    assert b"patient\xe9" in rows or b"patient\\udce9" in rows
+
+
+@pytest.mark.parametrize("command", [
+    ["--data-dir", "{data}", "--checkpoint", "{place}/m.pth"], ["--export", "{place}/m.pt2", "--checkpoint", "{model}"],
+    ["--demo", "{tmp}/demo", "--figure", "{place}/f.png"],
+    ["--data-dir", "{data}", "--evaluate", "--checkpoint", "{tmp}/file.pth"],  # where its report would be there is a folder
+])
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    command: list[str], trained: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / "folder"
+    shutil.copy(trained, tmp_path / "file.pth")
+    (tmp_path / "file.report.json").mkdir()
+    for work in ("open_cache", "write_phantoms", "Deployed"):
+        monkeypatch.setattr(mad, work, lambda *arguments, **options: pytest.fail("worked first"))
+    filled = [text.format(data=phantoms, place=place, tmp=tmp_path, model=trained) for text in command]
+    assert run_inside(*filled, "--device", "cpu", "--no-show") == 1
+    error = one_line(capsys.readouterr().err)
+    assert str(tmp_path / "file") in error and "cannot be written" in error
+
+
+def test_memory_that_does_not_suffice_for_scoring_is_one_line_with_a_way_out(
+    trained: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(mad, "predict_logits", short)
+    assert run_inside("--data-dir", phantoms, "--evaluate", "--checkpoint", trained, "--device", "cpu") == 1
+    assert "use a smaller --batch-size" in one_line(capsys.readouterr().err)
 
 
 def test_predict_prints_class_and_confidence_and_saves_the_panels(trained: Path, phantoms: Path, tmp_path: Path) -> None:

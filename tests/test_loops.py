@@ -192,6 +192,39 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(plain: PlainNetwork, par
     assert [value.item() for value in found] == pytest.approx([value.item() for value in expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_mixup_by_hand(plain: PlainNetwork, parts: int) -> None:
+    """arXiv 1710.09412: pixels and losses of an image and the next one are blended by one share; parts change nothing."""
+    album, share = Album(5), 0.7
+    images, labels, weights, drawn = album.whole()
+    twin = copy.deepcopy(plain)
+    loss_sum, correct = make_trainer(plain, accumulate=parts).backward(images, labels, weights, drawn, 5, share)
+    logits, expected = [], torch.zeros(())
+    for i in range(5):
+        other = (i + 1) % 5
+        blend = (share * images[i].float() + (1 - share) * images[other].float()) / 255
+        logits.append(twin(((blend - 0.4) / 0.2).expand(1, 3, -1, -1))[0])
+        for at, part in ((i, share), (other, 1 - share)):
+            p = torch.sigmoid(logits[i])
+            expected = expected - part * weights[at] * (p if labels[at] else 1 - p).log()
+    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert correct.item() == sum(bool(logit > 0) == bool(label) for logit, label in zip(logits, labels, strict=True))
+    (expected / 5).backward()
+    assert any(bool(g.abs().max() > 1e-4) for g in gradients(twin))
+    assert same(gradients(plain), gradients(twin))
+
+
+def test_mixup_blends_the_varied_images(plain: PlainNetwork) -> None:
+    """Each is flipped, turned and changed by itself before."""
+    album, seen, forward = Album(4), [], plain.forward
+    images, labels, weights, _ = album.whole()
+    drawn = mad.draw_variation(mad.Config(rotation=30), 4, 0, 0)
+    plain.forward = lambda inputs: seen.append(inputs) or forward(inputs)
+    make_trainer(plain).backward(images, labels, weights, drawn, 4, 0.6)
+    varied = mad.augment(mad.to_unit(images), drawn)
+    torch.testing.assert_close(seen[0], GREY(0.6 * varied + 0.4 * varied[[1, 2, 3, 0]]))
+
+
 def test_the_shares_of_two_processes_add_up_to_the_whole(plain: PlainNetwork) -> None:
     """DDP averages gradients: each share is scaled so that the mean is the gradient of the global batch."""
     album, world = Album(7), 2
@@ -204,6 +237,16 @@ def test_the_shares_of_two_processes_add_up_to_the_whole(plain: PlainNetwork) ->
         trainer.backward(*(values[rank::world] for values in album.whole()), 7)
         shares.append(gradients(trainer.network))
     assert same([torch.stack(pair).mean(0) for pair in zip(*shares, strict=True)], gradients(whole.network))
+
+
+def test_parts_bound_the_memory_of_augmentation(plain: PlainNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit as a whole is never made as a whole, mixed or not."""
+    sizes: list[int] = []
+    augment = mad.augment
+    monkeypatch.setattr(mad, "augment", lambda images, drawn: sizes.append(len(images)) or augment(images, drawn))
+    for own in (1.0, 0.8):
+        make_trainer(plain, accumulate=3).backward(*Album(7).whole(), 7, own)
+    assert sizes == [3, 2, 2, 3, 3, 2, 2, 2, 2]
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, network: mad.Network, fits: int, after: int = 0) -> list[int]:
@@ -319,6 +362,15 @@ def test_no_two_images_are_varied_alike(plain: PlainNetwork) -> None:
         run_epoch(trainer, Album(8), 4)
     angles = torch.cat(drawn)[:, 1]
     assert len(angles) == len(angles.unique()) == 16
+
+
+def test_an_epoch_draws_the_share_of_mixup_for_each_batch(plain: PlainNetwork) -> None:
+    trainer, shares = make_trainer(plain, mixup=0.4), []
+    backward = trainer.backward
+    trainer.backward = lambda *arguments: shares.append(arguments[5]) or backward(*arguments)
+    run_epoch(trainer, Album(11), 4)
+    assert shares == [mad.draw_own_share(trainer.config, 0, batch) for batch in range(3)]
+    assert len(set(shares)) == 3
 
 
 def test_a_signal_stops_after_the_batch_in_hand(plain: PlainNetwork) -> None:

@@ -48,6 +48,7 @@ GIVEN: dict[str, tuple[list[str], object]] = {
     "rotation": (["15"], 15.0),
     "brightness": (["0"], 0.0),
     "contrast": (["1"], 1.0),
+    "mixup": (["0.2"], 0.2),
     "settle": (["0"], 0),
     "patience": (["3"], 3),
     "precision": (["fp32"], "fp32"),
@@ -110,8 +111,10 @@ def test_the_table_above_covers_every_option():
 def test_every_flag_reaches_config(name: str):
     values, expected = GIVEN[name]
     mode = [] if name in MODES - {"evaluate"} | {"data_dir"} else ["--data-dir", "d"]
-    if name in ("output", "save_cam"):
+    if name in ("output", "save_cam", "figure"):
         mode = ["--predict", "x.png"]
+    if name == "split":
+        mode = ["--evaluate", "--data-dir", "d"]
     config = mad.parse_options([*mode, "--" + name.replace("_", "-"), *values])
     assert getattr(config, name) == expected != FIELDS[name].default
     assert type(getattr(config, name)) is type(expected)
@@ -251,6 +254,7 @@ def test_a_flag_like_none_gets_a_pointer_to_help(capsys: pytest.CaptureFixture[s
     "--rotation": ["-1", "181"],
     "--brightness": ["2", "-1"],
     "--contrast": ["1.01"],
+    "--mixup": ["-0.1", "10.5", "nan"],
     "--patience": ["-1"],
     "--seed": ["-1", "1.0", str(2**31 + 1)],
     "--save-every": ["-1", "nan"],
@@ -293,6 +297,9 @@ def test_the_ends_of_each_range_are_taken(flag: str, values: list[str]):
     (["--data-dir", "d", "--output", "r.csv"], "--output and --save-cam go with --predict"),
     (["--demo", "--save-cam", "r.npz"], "--output and --save-cam go with --predict"),
     (["--demo", "--figure", "."], "--figure .: name a file, not a folder"),
+    (["--data-dir", "d", "--figure", "f.png"], "--figure goes with --predict and --demo"),
+    (["--data-dir", "d", "--split", "train"], "--split goes with --evaluate"),
+    (["--demo", "--mixup", "0.2", "--batch-size", "1"], "--mixup blends images of a batch: --batch-size 1 has but one"),
     ([], "--data-dir DIR is needed, or --predict, or --demo"),
     (["--evaluate", "--checkpoint", "a.pth"], "--data-dir DIR is needed"),
     (["--data-dir"], "argument --data-dir: expected one argument"),

@@ -157,7 +157,7 @@ def test_named_file_is_an_input_whatever_it_is_called(tmp_path: Path) -> None:
 
 def test_folders_without_images_are_an_input_each(tmp_path: Path) -> None:
     tree(tmp_path, "empty/sub/notes.txt")
-    assert collected(tmp_path / "empty", root=tmp_path) == [("empty", [], "holds no images")]
+    assert collected(tmp_path / "empty", root=tmp_path) == [("empty", [], "holds no images that may be read")]
 
 
 def test_folder_named_like_an_image_is_listed_not_entered(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_unreadable_views_are_left_out_of_the_mean_and_named() -> None:
 
 
 def test_nothing_readable_is_no_prediction() -> None:
-    for failed, error in ((result(finding(error="damaged")), "damaged"), (result(), "holds no images")):
+    for failed, error in ((result(finding(error="damaged")), "damaged"), (result(), "holds no images that may be read")):
         row = failed.row()
         assert (row["prediction"], row["confidence"], row["probability"]) == (None, None, None)
         assert row["error"] == error
@@ -491,7 +491,8 @@ def test_figures_of_several_inputs_fill_a_folder(
     """Numbered like the inputs, so that equal names do not overwrite each other; none for what failed."""
     assert ask(image, bad["cut.png"], image, studies[1], "--figure", "figures") == mad.EXIT_SOME_FAILED
     names = sorted(path.name for path in Path("figures").iterdir())
-    assert names == ["0001_image1.png", "0003_image1.png", f"0004_{studies[1].name}.png"]
+    assert names == ["0001_image1_heatmap.png", "0003_image1_heatmap.png", f"0004_{studies[1].name}_heatmap.png"]
+    assert collected(Path("figures"), root=Path()) == [("figures", [], "holds no images that may be read")]
 
 
 def test_file_as_folder_of_figures_is_refused(ask: Ask, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -696,6 +697,18 @@ def test_deployed_contains_normalisation_and_temperature(other: Path, image: Pat
     square = torch.from_numpy(mad.fit_square(mad.read_radiograph(image), 96, "letterbox"))[None, None].float() / 255
     with torch.inference_mode():
         assert float(mad.Deployed(member)(square)) == pytest.approx(probability_of(other, image), abs=1e-6)
+
+
+def test_export_heeds_the_other_flags(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_inside("--export", tmp_path / "x.pt2", "--checkpoint", trained, "--threshold", "0.3") == 0
+    files = {"about.json": ""}
+    torch.export.load(tmp_path / "x.pt2", extra_files=files)
+    assert json.loads(files["about.json"])["threshold"] == "0.3"
+    assert run_inside("--export", tmp_path / "y.pt2", "--checkpoint", trained, "--model", "densenet169") == mad.EXIT_USAGE
+    assert "--model says densenet169" in capsys.readouterr().err
+    assert not (tmp_path / "y.pt2").exists()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])

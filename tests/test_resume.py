@@ -139,7 +139,7 @@ def test_a_stopped_run_ends_as_one_left_alone(
 
 
 @pytest.mark.parametrize("options", [
-    ["--schedule", "plateau", "--accumulate", "2"], ["--normalization", "dataset", "--weight-decay", "0"]])
+    ["--schedule", "plateau", "--accumulate", "2"], ["--normalization", "dataset", "--weight-decay", "0", "--mixup", "0.3"]])
 def test_a_run_stopped_after_every_batch_ends_as_one_left_alone(data: Path, tmp_path: Path, options: list[str]) -> None:
     command = ["--data-dir", data, *OPTIONS, *options, "--checkpoint"]
     assert run_inside(*command, tmp_path / "whole.pth") == 0
@@ -183,6 +183,15 @@ def test_a_second_signal_ends_the_process_the_plain_way() -> None:
     assert stop.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     with pytest.raises(mad.Stopped, match="stopped by SIGINT"):
+        stop.check()
+
+
+def test_sigterm_may_come_several_times() -> None:
+    """A scheduler and torchrun both send it; the second must not kill the process that is saving the state."""
+    stop = mad.StopSignals()
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(mad.Stopped, match="stopped by SIGTERM"):
         stop.check()
 
 
@@ -236,6 +245,7 @@ def test_other_flags_are_refused_by_name(data: Path, stopped: Path, capsys: pyte
         (["--image-size", "96"], ["image-size was 64, is 96"]),
         (["--tasks", "HUMERUS"], ["tasks was [], is ['HUMERUS']", "data was"]),
         (["--fit", "letterbox"], ["fit was stretch, is letterbox"]),
+        (["--threshold", "auto"], ["threshold was None, is auto"]),  # it is stored with the model of each best epoch
     ]:
         capsys.readouterr()
         assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, *flags, "--resume", "auto") == 2
@@ -249,6 +259,25 @@ def test_other_flags_may_differ(data: Path, stopped: Path, whole: Path, tmp_path
     """Those that do not change what is learnt."""
     flags = ["--save-every", "0", "--workers", "1", "--bootstrap", "120", "--cache-dir", tmp_path / "cache"]
     assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, *flags, "--resume") == 0
+    Outcome.of(stopped).check_equal(Outcome.of(whole))
+
+
+def test_a_recipe_is_no_more_than_its_flags(data: Path, stopped: Path, whole: Path) -> None:
+    """The paper's with all its flags overruled is the run that was begun without it."""
+    given = {name: getattr(mad.Config(), name) for name in mad.PAPER_RECIPE if name != "image_size"}
+    defaults = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command = ["--data-dir", data, "--checkpoint", stopped, "--recipe", "paper", *defaults, *OPTIONS, "--resume"]
+    assert run_inside(*command) == 0
+    Outcome.of(stopped).check_equal(Outcome.of(whole))
+
+
+def test_a_state_from_before_a_flag_was_there_goes_on(data: Path, stopped: Path, whole: Path) -> None:
+    """The default of a new flag is what was done without it."""
+    file = stopped.with_suffix(".last.pth")
+    state = mad.read_tensors(file, "state")
+    assert state["settings"].pop("mixup") == 0
+    mad.write_tensors(file, {name: value for name, value in state.items() if name not in ("format", "version")})
+    assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, "--resume") == 0
     Outcome.of(stopped).check_equal(Outcome.of(whole))
 
 
@@ -464,7 +493,7 @@ def test_short_memory_in_a_run_is_as_asking_for_parts(
     forward = TinyNetwork.forward
 
     def limited(network: TinyNetwork, images: torch.Tensor) -> torch.Tensor:
-        if network.training and len(images) > 3:
+        if torch.is_grad_enabled() and len(images) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(network, images)
 
@@ -633,6 +662,19 @@ print("stayed")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (5, "said"), done.stderr
+
+
+def test_no_process_leaves_before_the_state_is_saved(
+    unscored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all when it sees one go: those that have nothing to write wait for the first, which saves."""
+    order: list[str] = []
+    monkeypatch.setattr(mad.Session, "save_state", lambda session: order.append("saved"))
+    monkeypatch.setattr(mad.Processes, "wait", lambda processes: order.append("together"))
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, mad.Trainer, "update", 1, signal.SIGTERM)
+        assert run_inside("--data-dir", unscored, "--checkpoint", tmp_path / "run.pth", *OPTIONS) == 143
+    assert order[-2:] == ["saved", "together"]
 
 
 def torchrun(program: Path, *arguments: object, options: tuple[str, ...] = (), **environment: str) -> str:
