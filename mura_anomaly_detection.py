@@ -3356,8 +3356,8 @@ def explain_result(
     say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""))
 
 
-def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str, Any]) -> None:
-    """Write --output, as CSV or JSON by its suffix, and --save-cam, as far as they are asked for."""
+def write_results(config: Config, rows: Sequence[dict[str, Any]], explained: dict[str, Finding]) -> None:
+    """Write --output, as CSV or JSON by its suffix, and --save-cam, by the names of its maps, as far as they are asked for."""
     if config.output and config.output.suffix == ".json":
         write_json(config.output, rows)
     elif config.output:
@@ -3365,9 +3365,9 @@ def write_results(config: Config, rows: Sequence[dict[str, Any]], cams: dict[str
     if config.save_cam:
         # as numpy.savez_compressed, which does not take an image of the name "file"
         with atomic_write(config.save_cam) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, evidence in cams.items():
+            for name, finding in explained.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.asarray(evidence))
+                    np.lib.format.write_array(entry, finding.evidence)
 
 
 def show_windows() -> None:
@@ -3521,7 +3521,7 @@ def predict_command(config: Config, stop: StopSignals) -> int:
     show = can_show(config)
     note(RESEARCH_ONLY)
     rows: list[dict[str, Any]] = []
-    cams: dict[str, Any] = {}
+    explained: dict[str, Finding] = {}
     try:
         with progress_bar(total=len(inputs), desc="predict", unit="input") as bar:
             for result in predictor.results(inputs):
@@ -3529,13 +3529,14 @@ def predict_command(config: Config, stop: StopSignals) -> int:
                 print_result(result)
                 for seen in result.readable if config.save_cam else ():
                     name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
-                    cams[name] = seen.evidence
+                    shape_only = np.broadcast_to(np.uint8(0), seen.pixels.shape)  # thousands of images do not fit in memory
+                    explained[name] = replace(seen, pixels=shape_only, squares={})
                 if figures and result.readable:
                     file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}{HEATMAP_ENDING}"
                     explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
                 bar.update()
     finally:  # what was predicted before a stop is kept
-        write_results(config, rows, cams)
+        write_results(config, rows, explained)
     if show:
         show_windows()
     failed = any(row["error"] for row in rows)

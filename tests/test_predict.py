@@ -419,6 +419,20 @@ def test_raw_maps_have_the_size_of_the_originals(ask: Ask, image: Path, trained:
 # ----- several inputs, some bad
 
 
+def test_raw_maps_wait_for_their_file_in_little_memory(ask: Ask, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each image only the network's small map is kept: all on their images' pixels are 30 GB for MURA's train/."""
+    kept: list[mad.Finding] = []
+    write = mad.write_results
+    monkeypatch.setattr(
+        mad, "write_results", lambda config, rows, found: kept.extend(found.values()) or write(config, rows, found))
+    ask(image, "--save-cam", "maps.npz", "--figure", "x.png")
+    (finding,) = kept
+    assert finding.squares == {}
+    assert finding.pixels.strides == (0, 0)  # one byte that stands for all
+    assert finding.evidence.shape == np.asarray(Image.open(image)).shape
+    assert sum(evidence.numel() for _, evidence, *_ in finding.looks) < 100
+
+
 def test_every_input_has_one_row(
     ask: Ask, image: Path, studies: list[Path], bad: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
