@@ -88,6 +88,7 @@ RECIPES = {
     "mirror": Recipe(twin=1.0),
     "lower layers faster": Recipe(lower_lr=3),
     "mixup": Recipe({"mixup": 0.2}),
+    "image by image": Recipe({"normalization": "image"}),
     "15 epochs, mixup": Recipe({"epochs": 15, "mixup": 0.2}),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
     "batch 16, head x10": Recipe({"batch_size": 16}, head_lr=10),
