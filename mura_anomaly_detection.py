@@ -583,7 +583,7 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest())
+        names = sorted(kind, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())
         val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
     if not val:
         raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
@@ -890,7 +890,7 @@ def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path
         with contextlib.suppress(OSError):
             status = os.stat(view.file)  # noqa: PTH116
             state = f"{status.st_size}|{status.st_mtime_ns}"
-        digest.update(os.fsencode(f"{view.name}|{state}\n"))  # a name may be any bytes
+        digest.update(f"{view.name}|{state}\n".encode(errors="surrogateescape"))  # a name may be any bytes
     return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
 
 
@@ -979,7 +979,7 @@ def cache_folder(config: Config, root: Path) -> Path:
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError(f"{root}: cannot be written, and there is no home folder: give --cache-dir") from error
-    return user / PROGRAM / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
+    return user / PROGRAM / hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -1082,7 +1082,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
         """Tell this set from any other: a digest of names, labels and pixels."""
         checksums = [self._shards[shard].checksums[row] for shard, row in self._rows]
         lines = (f"{view.name},{view.label},{crc}\n" for view, crc in zip(self.views, checksums, strict=True))
-        return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -1916,7 +1916,7 @@ class Trainer:
 
     def _accumulate(self, batch: tuple[Tensor, ...], count: int, own: float) -> tuple[Tensor, Tensor]:
         parts = min(self.accumulate, len(batch[0]))
-        following = (values.roll(-1, 0) for values in batch)
+        following = [values.roll(-1, 0) for values in batch] if own < 1 else []
         pieces = list(zip(*(values.tensor_split(parts) for values in (*batch, *following)), strict=True))
         precise = torch.float32 if self.arithmetic.device.type == "mps" else torch.float64  # MPS has no float64
         loss_sum = correct = torch.zeros((), device=self.arithmetic.device, dtype=precise)

@@ -126,17 +126,17 @@ class Candidate(mura.Trainer):
 
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, drawn: torch.Tensor, count: int,
-        share: float = 1.0,
+        own: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.freeze()
         if self.recipe.first_size < 1:
             images = self.shrunk(images)
         labels = labels * (1 - self.recipe.smoothing) + self.recipe.smoothing / 2
         if self.recipe.sam:
-            return self.sharpness_aware(images, labels, weights, drawn, count, share)
+            return self.sharpness_aware(images, labels, weights, drawn, count, own)
         if self.recipe.twin:
             return self.with_mirror(images, labels, weights, drawn, count)
-        return super().backward(images, labels, weights, drawn, count, share)
+        return super().backward(images, labels, weights, drawn, count, own)
 
     def sharpness_aware(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the gradient where the loss is highest nearby, distances measured in shares of each weight."""
