@@ -115,6 +115,7 @@ DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3
 PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
     "image_size": PAPER_SIZE, "fit": "stretch", "normalization": "imagenet", "batch_size": 8, "lr": 1e-4, "schedule": "plateau",
     "weight_decay": 0.0, "flip": 0.5, "rotation": 30.0, "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "settle": 0,
+    "tta": False,
 }
 LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
 
@@ -193,7 +194,9 @@ class Config:
     threshold: float | str | None = option(
         "evaluation", None, "abnormal above this probability; `auto`, while training: the one with the best study kappa on val "
         "(default: 0.5 while training, later the one stored in the checkpoint)", type=threshold_value, metavar="P")
-    tta: bool = option("evaluation", False, "average each image's logit with that of its mirror image", action="store_true")
+    tta: bool | None = option(
+        "evaluation", None, "average each image's logit with that of its mirror image (default: while training, if --flip is "
+        "above 0; later as stored in the checkpoint)", action=argparse.BooleanOptionalAction)
     bootstrap: int = option("evaluation", 1000, "patient resamples behind the 95 %% intervals", type=number(int, 100, 100_000),
                             metavar="N")
     predict: tuple[Path, ...] = option("prediction", (), "classify and explain images, folders and study folders", nargs="+",
@@ -2240,6 +2243,7 @@ class Member:
     temperature: float
     threshold: float
     threshold_source: str
+    tta: bool  # a logit is the mean of those of the image and its mirror image
     bad_images: int  # of the training set, that could not be read
     parts: list[str]  # body parts of the training set
     patients: dict[str, list[str]]  # of train and val
@@ -2251,7 +2255,7 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
     Raises:
         UserError: see read_tensors; or the file lacks something, or is not of the architecture `model`.
     """
-    content = read_tensors(path, "model")
+    content = {"tta": False} | read_tensors(path, "model")  # models of before it was kept
     if model and content.get("model") != model:
         raise UserError(f"{path}: is a {content.get('model')}, but --model says {model}; leave --model out")
     try:
@@ -2260,7 +2264,7 @@ def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) ->
         network.load_state_dict(content["state_dict"], assign=True)
         given = content["normalization"]
         normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
-        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "bad_images", "parts", "patients")
+        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "tta", "bad_images", "parts", "patients")
         member = Member(path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in names))
         known = content["model"] in ("densenet169", "resnet50") and member.fit in ("stretch", "letterbox")
         in_range = member.image_size > 0 and member.temperature > 0 and 0 <= member.threshold <= 1
@@ -2854,6 +2858,7 @@ class Session:
             run.arithmetic.prepare(network), run.config, run.arithmetic,
             choose_normalization(run.config.normalization, train), run.config.epochs * self.batches, run.processes,
         )
+        self.tta = run.config.flip > 0 if run.config.tta is None else run.config.tta
         self.saved_at = time.monotonic()
 
     def settings(self) -> dict[str, Any]:
@@ -2861,7 +2866,7 @@ class Session:
         flags = {item.name: getattr(self.config, item.name) for item in fields(Config)
                  if item.metadata["group"] in LEARNING and item.name not in ("accumulate", "recipe")}
         return flags | {  # --accumulate is a way out of too little memory, --recipe only sets other flags
-            "threshold": self.config.threshold,
+            "threshold": self.config.threshold, "tta": self.tta,
             "model": self.trainer.network.model, "image_size": self.size,
             "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
             "data": "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set)),
@@ -2892,7 +2897,8 @@ class Session:
         """
         state = read_tensors(file, "state")
         try:
-            then = {item.name: item.default for item in fields(Config)} | state["settings"]  # it may lack a newer flag
+            before = {item.name: item.default for item in fields(Config)} | {"tta": False}  # a flag was there
+            then = before | state["settings"]
             other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
                      for name, value in self.settings().items() if then.get(name) != value]
             if other:
@@ -2959,7 +2965,7 @@ class Session:
             batch_size = replace(config, accumulate=self.trainer.accumulate).scoring_batch
             settle_statistics(network, train_feed, *given, min(batch_size, config.batch_size), config.settle, config.seed, tick)
             processes.same_buffers(network)
-            return predict_logits(network, val_feed, *given, batch_size, processes=processes, tick=tick)
+            return predict_logits(network, val_feed, *given, batch_size, tta=self.tta, processes=processes, tick=tick)
 
     def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -3004,7 +3010,8 @@ class Session:
         write_tensors(self.config.checkpoint[0], {
             "kind": "model", "model": self.trainer.network.model, "image_size": self.size, "fit": self.config.fit,
             "normalization": asdict(self.trainer.normalization), "classes": list(CLASSES), "temperature": temperature,
-            "threshold": float(threshold), "threshold_source": source, "epoch": progress.epoch, "history": progress.history,
+            "threshold": float(threshold), "threshold_source": source, "tta": self.tta,
+            "epoch": progress.epoch, "history": progress.history,
             "parts": sorted({view.part for view in self.train_set.views}), "settings": self.settings(),
             "patients": {"train": sorted(self.seen | {view.patient for view in self.train_set.views}),
                          "val": sorted({view.patient for view in self.val_set.views})},
@@ -3030,8 +3037,9 @@ THRESHOLD_NOTES = {"default": "the default", "given": "given by hand", "val": "t
 
 
 def load_members(config: Config, arithmetic: Arithmetic) -> list[Member]:
-    """Load the models of --checkpoint."""
-    return [load_member(path, arithmetic, config.model) for path in config.checkpoint]
+    """Load the models of --checkpoint; --tta and --no-tta count for all of them."""
+    members = [load_member(path, arithmetic, config.model) for path in config.checkpoint]
+    return members if config.tta is None else [replace(member, tta=config.tta) for member in members]
 
 
 def choose_threshold(config: Config, members: Sequence[Member]) -> tuple[float, str]:
@@ -3061,7 +3069,7 @@ def new_parts(members: Sequence[Member], parts: set[str]) -> list[str]:
             for member, names in strange if names]
 
 
-def report_notes(split: str, source: str, *, seen: bool) -> list[str]:
+def report_notes(split: str, source: str, *, seen: bool, tta: bool) -> list[str]:
     """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
     looked = f"None of the patients of {split}/ took part in that."
     if seen:
@@ -3071,6 +3079,7 @@ def report_notes(split: str, source: str, *, seen: bool) -> list[str]:
     return [
         "The patients of the training set were divided into train and val across body parts; the epoch of highest validation "
         f"accuracy was kept, and its temperature fitted on val. {looked}",
+        *(["A logit is the mean of those of the image and of its mirror image (--no-tta: of the image alone)."] if tta else []),
         "The loss weighs both classes of a body part alike, so a probability is that among as many normal as abnormal images.",
         f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
         "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
@@ -3089,12 +3098,13 @@ def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequenc
     warned = seen + new_parts(members, set(images.part.tolist()))
     for text in warned:
         note(text)
+    mirrored = [member.tta for member in members]
     judge = partial(evaluate, threshold=threshold, resamples=config.bootstrap, seed=config.seed)
     report: dict[str, Any] = {
         "split": split, "checkpoints": names, "threshold": threshold, "threshold_source": source,
-        "temperature": [member.temperature for member in members], "tta": config.tta,
+        "temperature": [member.temperature for member in members], "tta": mirrored,
         "bad_images": {"training": [member.bad_images for member in members], split: bad},
-        **judge(images), "notes": [*report_notes(split, source, seen=bool(seen)), *warned],
+        **judge(images), "notes": [*report_notes(split, source, seen=bool(seen), tta=any(mirrored)), *warned],
     }
     if len(members) > 1:
         report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
@@ -3123,7 +3133,7 @@ def score_split(run: Run, members: Sequence[Member], split: str) -> None:
         with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
             logits = predict_logits(
                 member.network, Feed(dataset, run.arithmetic.device), run.arithmetic, member.normalization,
-                config.scoring_batch, tta=config.tta, processes=run.processes, tick=partial(run.tick, bar),
+                config.scoring_batch, tta=member.tta, processes=run.processes, tick=partial(run.tick, bar),
             )
         by_name.append(dict(zip((view.name for view in dataset.views), sigmoid(logits, member.temperature), strict=True)))
     views = [view for view in index.views if all(view.name in scores for scores in by_name)]
@@ -3298,7 +3308,7 @@ class Predictor:
         images = member.normalization(to_unit(torch.from_numpy(squares)[:, None].to(self.arithmetic.device)))
         with self.arithmetic.autocast():
             logits, evidence = grad_cam(member.network, images)
-            if self.config.tta:
+            if member.tta:
                 mirrored, mirrored_evidence = grad_cam(member.network, images.flip(3))
                 logits, evidence = (logits + mirrored) / 2, (evidence + mirrored_evidence.flip(2)) / 2
         probabilities = sigmoid(logits.cpu().double().numpy(), member.temperature).tolist()
@@ -3417,11 +3427,15 @@ class Deployed(nn.Module):
 
     def __init__(self, member: Member) -> None:
         super().__init__()
-        self.network, self.normalization, self.temperature = member.network, member.normalization, member.temperature
+        self.member, self.network = member, member.network
 
     def forward(self, images: Tensor) -> Tensor:
         """Map grey images (B, 1, S, S), 0 to 1, to probabilities (B,)."""
-        return torch.sigmoid(self.network(self.normalization(images)) / self.temperature)
+        pixels = self.member.normalization(images)
+        logits = self.network(pixels)
+        if self.member.tta:
+            logits = (logits + self.network(pixels.flip(3))) / 2
+        return torch.sigmoid(logits / self.member.temperature)
 
 
 def to_pt2(program: Any, about: dict[str, str]) -> bytes:
@@ -3584,8 +3598,8 @@ def export_command(config: Config, stop: StopSignals) -> int:
     about = {
         "input": f"grey, float32 (batch, 1, {member.image_size}, {member.image_size}), 0 black to 1 white, fit: {member.fit}",
         "output": "probability of abnormal (batch,)", "normalization": f"inside the network: {member.normalization}",
-        "temperature": str(member.temperature), "threshold": str(threshold), "architecture": member.network.model,
-        "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
+        "temperature": str(member.temperature), "threshold": str(threshold), "tta": str(member.tta),
+        "architecture": member.network.model, "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
     }
     probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
     program = torch.export.export(model, (probe[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))

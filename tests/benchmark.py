@@ -281,7 +281,8 @@ def predict(bench: Bench) -> Measured:
     checkpoint, figure = bench.folder / "model.pth", bench.folder / "figure.png"
     mad.write_tensors(checkpoint, {
         "kind": "model", "model": "densenet169", "image_size": 320, "fit": "stretch", "temperature": 1.0, "threshold": 0.5,
-        "threshold_source": "default", "bad_images": 0, "patients": {"train": [], "val": []}, "classes": list(mad.CLASSES),
+        "threshold_source": "default", "tta": True, "bad_images": 0, "parts": ["XR_WRIST"], "classes": list(mad.CLASSES),
+        "patients": {"train": [], "val": []},
         "normalization": asdict(IMAGENET), "state_dict": mad.build_network("densenet169", "none", 0).state_dict()})
     command = (SCRIPT, "--predict", bench.views[0].path, "--checkpoint", checkpoint, "--figure", figure,
                "--device", bench.device.type)

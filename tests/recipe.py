@@ -6,8 +6,8 @@ Only train/ is used, so that valid/ stays unseen: it is cut by patient into fold
 network with seed k on the other folds and scores the k-th. A recipe's AUROC and kappa (threshold 0.5) are the means over
 the folds; its difference from the first recipe is paired, with a 95 % interval from resampled patients. That interval
 holds the sampling of patients, not that of seeds: a difference near its edge is no difference. A name with a + is an
-ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image; `NAME@unsettled` keeps the statistics
-of batch normalisation that training left.
+ensemble of recipes; `NAME@flip` also averages with the logit of the mirror image, as the program does by default;
+`NAME@unsettled` keeps the statistics of batch normalisation that training left.
 
 With --valid the program itself trains, with seed k and its own choice of the best epoch by val, and valid/ is scored:
 for a claim, seldom. Each run is kept in OUT, and what is there already is not run again. Not run by the tests.
@@ -43,14 +43,17 @@ class Recipe:
     beta2: float = 0.999  # of AdamW
     linear: bool = False  # what is left instead of its square
     constant: bool = False  # neither warm-up nor decay
+    hold: bool = False  # warm-up, but no decay
     head_lr: float = 1.0  # the head's learning rate, as a multiple of the upper layers'
     lower_lr: float = 1.0  # that of all up to layer2 (ResNet-50)
     clip: float = 0.0  # largest norm of a gradient
     smoothing: float = 0.0  # of labels: this share of each is 0.5
     first_size: float = 1.0  # side of the first epoch's images, as a share; grows to 1 in the middle of the epochs
     ema: float = 0.0  # decay of an exponential moving average of the weights, per step
+    tail: float = 0.0  # from this share of the steps on, the mean of the weights is taken (arXiv 1803.05407)
     zoom: float = 0.0  # largest random change of scale, share
     shift: float = 0.0  # largest random shift, share of the side
+    bicubic: bool = False  # interpolation of rotated images
     frozen: bool = False  # batch normalisation keeps its statistics
     settled_first: bool = False  # which are taken from radiographs before the training
     sam: float = 0.0  # radius of adaptive sharpness-aware minimisation (arXiv 2102.11600): two gradients a step
@@ -60,11 +63,13 @@ class Recipe:
 
 STILL = {"rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
 STAGED = Recipe(staged=True, head_lr=0.1)  # Adam moves each of 3,584 standardised inputs' weights by the rate
-FOLDS_ONLY = ("ema", "zoom", "shift", "settled_first", "staged")  # what the program's own training cannot be made to do
+FOLDS_ONLY = (  # what the program's own training cannot be made to do
+    "ema", "tail", "zoom", "shift", "bicubic", "settled_first", "staged",
+)
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe({name: value for name, value in mura.PAPER_RECIPE.items() if name != "image_size"}),
-    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "weight_decay": 0.0, "settle": 0}, constant=True),
+    "ordinary": Recipe({**STILL, "lr": 1e-4, "batch_size": 16, "weight_decay": 0.0, "settle": 0, "tta": False}, constant=True),
     "flips alone": Recipe(STILL),
     "flips alone, batch 4": Recipe({**STILL, "batch_size": 4}),
     "zoom": Recipe(zoom=0.15, shift=0.05),
@@ -88,6 +93,9 @@ RECIPES = {
     "mirror": Recipe(twin=1.0),
     "lower layers faster": Recipe(lower_lr=3),
     "mixup": Recipe({"mixup": 0.2}),
+    "bicubic": Recipe(bicubic=True),
+    "mean of the second half": Recipe(tail=0.5),
+    "mean of the second half, no decay": Recipe({"lr": 1.5e-4}, hold=True, tail=0.5),
     "image by image": Recipe({"normalization": "image"}),
     "15 epochs, mixup": Recipe({"epochs": 15, "mixup": 0.2}),
     "batch 16, lr 1e-3": Recipe({"batch_size": 16, "lr": 1e-3}),
@@ -104,8 +112,8 @@ class Candidate(mura.Trainer):
 
     def __init__(self, recipe: Recipe, network: mura.Network, config: mura.Config, *rest: Any) -> None:
         super().__init__(network, config, *rest)
-        self.recipe, self.averaged = recipe, None
-        own = ("sgd", "beta2", "linear", "constant", "head_lr", "lower_lr")  # beyond the program
+        self.recipe, self.total, self.averaged = recipe, rest[2], None
+        own = ("sgd", "beta2", "linear", "constant", "hold", "head_lr", "lower_lr")  # beyond the program
         if any(getattr(recipe, name) != getattr(Recipe(), name) for name in own):
             rates = {"lower": recipe.lower_lr, "upper": 1.0, "head": recipe.head_lr}
             stages = {"lower": network.backbone[:6], "upper": network.backbone[6:], "head": network.head}
@@ -116,12 +124,17 @@ class Candidate(mura.Trainer):
             self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(self.factor, rest[2]))
         if recipe.ema:
             self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+        if recipe.tail:
+            self.averaged = AveragedModel(network)
 
     def factor(self, total: int, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
         if self.recipe.constant:
             return 1.0
-        falls = self.recipe.linear and step >= round(self.config.warmup * total)
+        risen = step >= round(self.config.warmup * total)
+        if self.recipe.hold and risen:
+            return 1.0
+        falls = self.recipe.linear and risen
         return mura.quadratic_factor(step, total, self.config.warmup) ** (0.5 if falls else 1)
 
     def backward(
@@ -198,7 +211,7 @@ class Candidate(mura.Trainer):
         if self.recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         super().update()
-        if self.averaged:
+        if self.averaged and self.schedule.last_epoch >= self.recipe.tail * self.total:
             self.averaged.update_parameters(self.network)
 
 
@@ -231,7 +244,13 @@ def zoomed(recipe: Recipe, images: torch.Tensor, drawn: torch.Tensor) -> torch.T
     return AUGMENT(torch.nn.functional.grid_sample(images, grid, align_corners=False), drawn)
 
 
-AUGMENT = mura.augment
+def sharper(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Augment as the program does, but for the interpolation: bilinear halves what is finest in an image."""
+    with mock.patch.object(mura.functional, "grid_sample", partial(GRID_SAMPLE, mode="bicubic")):
+        return AUGMENT(images, drawn)
+
+
+AUGMENT, GRID_SAMPLE = mura.augment, mura.functional.grid_sample
 
 
 def fold_of(patient: str, folds: int) -> int:
@@ -252,7 +271,7 @@ def train_fold(recipe: Recipe, config: mura.Config, decoded: mura.Decoded, fold:
     steps = config.epochs * -(-len(train) // config.batch_size)
     trainer = Candidate(recipe, network, config, arithmetic, normalization, steps, mura.Processes())
     weights = mura.loss_weights(train.views, mura.class_weights(train.views))
-    mura.augment = partial(zoomed, recipe) if recipe.zoom or recipe.shift else AUGMENT
+    mura.augment = partial(zoomed, recipe) if recipe.zoom or recipe.shift else sharper if recipe.bicubic else AUGMENT
     feed, given = mura.Feed(train, arithmetic.device), (arithmetic, normalization, config.batch_size)
     if recipe.settled_first:
         mura.settle_statistics(network, feed, *given, config.settle, config.seed)

@@ -111,6 +111,7 @@ def test_report_has_the_keys_of_the_contract(trained: Path) -> None:
 def test_report_says_how_sets_were_separated_and_what_valid_is_not(trained: Path) -> None:
     words = " ".join(json.loads(trained.with_name("tiny.report.json").read_text())["notes"])
     assert "hidden test set of 207 studies" in words
+    assert "mean of those of the image and of its mirror image" in words
     assert "divided into train and val across body parts" in words and "valid/ took no part in that" in words
 
 

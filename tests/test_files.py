@@ -36,7 +36,7 @@ def model_content(**changes: Any) -> dict[str, Any]:
     content = {
         "kind": "model", "model": "resnet50", "image_size": 64, "fit": "stretch",
         "normalization": {"kind": "given", "mean": [0.4] * 3, "std": [0.2] * 3}, "classes": ["normal", "abnormal"],
-        "temperature": 1.25, "threshold": 0.5, "threshold_source": "default", "bad_images": 0,
+        "temperature": 1.25, "threshold": 0.5, "threshold_source": "default", "tta": True, "bad_images": 0,
         "history": [{"epoch": 1, "lr": None}],
         "parts": ["XR_HAND"], "patients": {"train": ["patient00001"], "val": []},
         "state_dict": TinyNetwork("resnet50").state_dict(),

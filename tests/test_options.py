@@ -97,7 +97,7 @@ def help_of_each_flag(page: str) -> dict[str, str]:
     """Flag -> its text in the help page, on one line."""
     page = page[page.index("\noptions:") : page.index("\nexamples:")]
     entries = re.split(r"\n  (?=-)", re.sub(r"\n\n\w+:\n", "\n", page))[1:]
-    return {" ".join(entry.split()).split(" ")[0]: " ".join(entry.split()) for entry in entries}
+    return {" ".join(entry.split()).split(" ")[0].rstrip(","): " ".join(entry.split()) for entry in entries}
 
 
 # ---- flags and Config ----
@@ -135,6 +135,11 @@ def test_the_recipe_of_the_paper():
     assert (config.fit, config.normalization, config.tta, config.settle) == ("stretch", "imagenet", False, 0)
     for order in (["--recipe", "paper", "--rotation", "10"], ["--rotation", "10", "--recipe", "paper"]):
         assert mad.parse_options(["--data-dir", "d", *order]) == replace(config, rotation=10)
+
+
+def test_mirror_images_are_left_to_the_model_unless_a_flag_says_so():
+    for flags, expected in (([], None), (["--tta"], True), (["--no-tta"], False), (["--recipe", "paper", "--tta"], True)):
+        assert mad.parse_options(["--data-dir", "d", *flags]).tta is expected
 
 
 def test_flags_given_with_the_demo_count_even_if_they_equal_an_ordinary_default():
@@ -177,7 +182,7 @@ def test_config_cannot_be_changed_and_options_have_no_abbreviations(capsys: pyte
 def test_help_fits_100_columns_and_names_every_flag_once(capsys: pytest.CaptureFixture[str]):
     page = help_page(capsys)
     assert max(len(line) for line in page.splitlines()) <= 100
-    assert set(help_of_each_flag(page)) == {*FLAGS, "-h,", "--version"}
+    assert set(help_of_each_flag(page)) == {*FLAGS, "-h", "--version"}
 
 
 def test_help_states_each_default_once(capsys: pytest.CaptureFixture[str]):

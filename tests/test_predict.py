@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def image(studies: list[Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def other(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a second model: other weights, size, fit, normalisation, temperature and threshold."""
+    """Write a second model: other weights, size, fit, normalisation, temperature and threshold, no mirror images."""
     content = mad.read_tensors(trained, "model")
     torch.manual_seed(11)
     state = {k: v + 0.02 * torch.randn_like(v) if v.dim() == 4 else v for k, v in content["state_dict"].items()}
@@ -63,6 +63,7 @@ def other(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fit": "letterbox",
         "temperature": 2.0,
         "threshold": 0.4,
+        "tta": False,
         "normalization": {"kind": "imagenet", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
     }
     path = tmp_path_factory.mktemp("other") / "other.pth"
@@ -90,13 +91,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def logit_of(checkpoint: Path, path: Path, *, mirrored: bool = False) -> float:
-    """Compute an image's logit by the plain sequence of steps, one image, no batches."""
+def logit_of(checkpoint: Path, path: Path, sides: Sequence[bool] = ()) -> float:
+    """Compute an image's logit by the plain sequence of steps: mean over `sides`, mirrored or not, or the model's own."""
     member = mad.load_member(checkpoint, CPU)
     square = mad.fit_square(mad.read_radiograph(path), member.image_size, member.fit)
     batch = member.normalization(torch.from_numpy(square)[None, None].float() / 255)
     with torch.inference_mode():
-        return float(member.network(batch.flip(3) if mirrored else batch))
+        logits = [float(member.network(batch.flip(3) if side else batch)) for side in sides or (False, True)[: 1 + member.tta]]
+    return float(np.mean(logits))
 
 
 def probability_of(checkpoint: Path, path: Path) -> float:
@@ -230,7 +232,7 @@ def test_batches_are_full_and_studies_stay_whole(
     seen: list[int] = []
     grad_cam = mad.grad_cam
     monkeypatch.setattr(mad, "grad_cam", lambda network, x: seen.append(len(x)) or grad_cam(network, x))
-    config = mad.Config(checkpoint=(trained,), device="cpu", batch_size=batch)
+    config = mad.Config(checkpoint=(trained,), device="cpu", batch_size=batch, tta=False)
     inputs = [(Path(str(i)), (image,) * count) for i, count in enumerate(views)]
     results = list(mad.Predictor(config, mad.StopSignals()).results(inputs))
     assert seen == sizes
@@ -382,12 +384,25 @@ def test_ensemble_is_the_mean_of_calibrated_probabilities(ask: Ask, image: Path,
     np.testing.assert_allclose(np.load("both.npz")[str(image)], np.mean(maps, axis=0), atol=1e-4)
 
 
-def test_tta_averages_logits_of_both_mirror_images(ask: Ask, image: Path, other: Path) -> None:
-    pair = [logit_of(other, image, mirrored=mirrored) for mirrored in (False, True)]
-    assert abs(pair[0] - pair[1]) > 1e-3
-    ask(image, "--checkpoint", other, "--tta", "--output", "r.json", "--figure", "x.png")
-    expected = 1 / (1 + np.exp(-np.mean(pair) / 2.0))
-    assert json.loads(Path("r.json").read_text())[0]["probability"] == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize(
+    ("flags", "averaged"), [([], (True, False)), (["--tta"], (True, True)), (["--no-tta"], (False, False))]
+)
+def test_mirror_images_are_averaged_where_the_flag_or_else_the_model_says_so(
+    ask: Ask, image: Path, trained: Path, other: Path, flags: list[str], averaged: tuple[bool, bool]
+) -> None:
+    for checkpoint, both in zip((trained, other), averaged, strict=True):
+        plain, mirrored = (logit_of(checkpoint, image, [side]) for side in (False, True))
+        assert abs(plain - mirrored) > 1e-3
+        ask(image, "--checkpoint", checkpoint, *flags, "--output", "r.json", "--figure", "x.png")
+        scaled = (plain + both * mirrored) / (1 + both) / mad.load_member(checkpoint, CPU).temperature
+        assert json.loads(Path("r.json").read_text())[0]["probability"] == pytest.approx(1 / (1 + np.exp(-scaled)), abs=1e-5)
+
+
+def test_a_model_of_before_mirror_images_were_kept_has_none(trained: Path, tmp_path: Path) -> None:
+    content = mad.read_tensors(trained, "model")
+    assert content["tta"] is True
+    mad.write_tensors(tmp_path / "old.pth", {k: v for k, v in content.items() if k not in ("format", "version", "tta")})
+    assert mad.load_member(tmp_path / "old.pth", CPU).tta is False
 
 
 def test_tta_turns_the_mirror_image_s_map_back(ask: Ask, image: Path) -> None:
@@ -396,7 +411,7 @@ def test_tta_turns_the_mirror_image_s_map_back(ask: Ask, image: Path) -> None:
     square.save("a.png")
     square.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("b.png")
     ask("a.png", "b.png", "--tta", "--save-cam", "both.npz")
-    ask("a.png", "--save-cam", "plain.npz", "--figure", "x.png")
+    ask("a.png", "--no-tta", "--save-cam", "plain.npz", "--figure", "x.png")
     with np.load("both.npz") as maps, np.load("plain.npz") as plain:
         np.testing.assert_allclose(maps["a.png"], maps["b.png"][:, ::-1], atol=1e-4)
         assert np.abs(maps["a.png"] - plain["a.png"]).max() > 1e-3
@@ -684,7 +699,8 @@ def test_exported_network_agrees_with_torch(name: str, count: int, exported: Pat
         output = torch.export.load(exported / name).module()(images).numpy()
     member = mad.load_member(trained, CPU)
     with torch.inference_mode():
-        expected = mad.sigmoid(member.network(member.normalization(images)).numpy(), member.temperature)
+        sides = [member.network(member.normalization(side)).numpy() for side in (images, images.flip(3))]
+    expected = mad.sigmoid(np.mean(sides, axis=0), member.temperature)
     assert output.shape == (count,)
     np.testing.assert_allclose(output, expected, atol=1e-4)
 
@@ -701,7 +717,7 @@ def test_exported_file_says_how_to_use_it(exported: Path, trained: Path) -> None
         assert text["input"] == "grey, float32 (batch, 1, 64, 64), 0 black to 1 white, fit: stretch"
         assert float(text["temperature"]) == member.temperature
         assert float(text["threshold"]) == member.threshold
-        assert text["architecture"] == "resnet50"
+        assert (text["architecture"], text["tta"]) == ("resnet50", "True")
         assert text["use"] == mad.RESEARCH_ONLY
         assert "image" in text["normalization"]
 
@@ -716,10 +732,14 @@ def test_deployed_contains_normalisation_and_temperature(other: Path, image: Pat
 def test_export_heeds_the_other_flags(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_inside("--export", tmp_path / "x.pt2", "--checkpoint", trained, "--threshold", "0.3") == 0
-    files = {"about.json": ""}
-    torch.export.load(tmp_path / "x.pt2", extra_files=files)
-    assert json.loads(files["about.json"])["threshold"] == "0.3"
+    assert run_inside("--export", tmp_path / "x.pt2", "--checkpoint", trained, "--threshold", "0.3", "--no-tta") == 0
+    files, images, member = {"about.json": ""}, grey(2), mad.load_member(trained, CPU)
+    network = torch.export.load(tmp_path / "x.pt2", extra_files=files).module()
+    about = json.loads(files["about.json"])
+    assert (about["threshold"], about["tta"]) == ("0.3", "False")
+    with torch.inference_mode():
+        expected = mad.sigmoid(member.network(member.normalization(images)).numpy(), member.temperature)
+    np.testing.assert_allclose(network(images).numpy(), expected, atol=1e-4)
     assert run_inside("--export", tmp_path / "y.pt2", "--checkpoint", trained, "--model", "densenet169") == mad.EXIT_USAGE
     assert "--model says densenet169" in capsys.readouterr().err
     assert not (tmp_path / "y.pt2").exists()

@@ -246,6 +246,7 @@ def test_other_flags_are_refused_by_name(data: Path, stopped: Path, capsys: pyte
         (["--tasks", "HUMERUS"], ["tasks was [], is ['HUMERUS']", "data was"]),
         (["--fit", "letterbox"], ["fit was stretch, is letterbox"]),
         (["--threshold", "auto"], ["threshold was None, is auto"]),  # it is stored with the model of each best epoch
+        (["--no-tta"], ["tta was True, is False"]),
     ]:
         capsys.readouterr()
         assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, *flags, "--resume", "auto") == 2
@@ -264,9 +265,9 @@ def test_other_flags_may_differ(data: Path, stopped: Path, whole: Path, tmp_path
 
 def test_a_recipe_is_no_more_than_its_flags(data: Path, stopped: Path, whole: Path) -> None:
     """The paper's with all its flags overruled is the run that was begun without it."""
-    given = {name: getattr(mad.Config(), name) for name in mad.PAPER_RECIPE if name != "image_size"}
+    given = {name: getattr(mad.Config(), name) for name in mad.PAPER_RECIPE if name not in ("image_size", "tta")}
     defaults = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = ["--data-dir", data, "--checkpoint", stopped, "--recipe", "paper", *defaults, *OPTIONS, "--resume"]
+    command = ["--data-dir", data, "--checkpoint", stopped, "--recipe", "paper", "--tta", *defaults, *OPTIONS, "--resume"]
     assert run_inside(*command) == 0
     Outcome.of(stopped).check_equal(Outcome.of(whole))
 
@@ -279,6 +280,21 @@ def test_a_state_from_before_a_flag_was_there_goes_on(data: Path, stopped: Path,
     mad.write_tensors(file, {name: value for name, value in state.items() if name not in ("format", "version")})
     assert run_inside("--data-dir", data, "--checkpoint", stopped, *OPTIONS, "--resume") == 0
     Outcome.of(stopped).check_equal(Outcome.of(whole))
+
+
+def test_a_state_from_before_mirror_images_were_the_default_goes_on_without(
+    data: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = stopped.with_suffix(".last.pth")
+    state = mad.read_tensors(file, "state")
+    del state["settings"]["tta"]
+    mad.write_tensors(file, {name: value for name, value in state.items() if name not in ("format", "version")})
+    command = ["--data-dir", data, "--checkpoint", stopped, *OPTIONS, "--resume"]
+    capsys.readouterr()
+    assert run_inside(*command) == 2
+    assert "tta was False, is True" in capsys.readouterr().err
+    assert run_inside(*command, "--no-tta") == 0
+    assert mad.read_tensors(stopped, "model")["tta"] is False
 
 
 def test_short_of_memory_a_run_may_go_on_in_more_parts(data: Path, stopped: Path) -> None:
@@ -420,7 +436,9 @@ def test_the_history_can_be_computed_by_hand(data: Path, whole: Path) -> None:
     with torch.no_grad():
         x = torch.from_numpy(pixels)[:, None].double() / 255
         x = (x - x.mean((2, 3), keepdim=True)) / x.flatten(1).std(1).view(-1, 1, 1, 1)
-        logits = network.double().eval()(x.expand(-1, 3, -1, -1)).numpy()
+        sides = [network.double().eval()(side.expand(-1, 3, -1, -1)).numpy() for side in (x, x.flip(-1))]
+    assert np.abs(sides[0] - sides[1]).max() > 1e-3
+    logits = np.mean(sides, axis=0)
     labels = np.array([view.label for view in views])
     losses = []
     for view, z in zip(views, logits, strict=True):
@@ -435,6 +453,16 @@ def test_the_history_can_be_computed_by_hand(data: Path, whole: Path) -> None:
     assert float(row["val_accuracy"]) == pytest.approx(((logits > 0) == labels).mean())
     assert float(row["val_auroc"]) == pytest.approx(roc_auc_score(truth, pooled))
     assert float(row["val_kappa"]) == pytest.approx(cohen_kappa_score(truth, pooled > 0.5))
+
+
+@pytest.mark.parametrize(("flags", "kept"), [
+    ([], True), (["--no-tta"], False), (["--flip", "0"], False), (["--flip", "0", "--tta"], True),  # none learnt from
+])
+def test_the_model_keeps_whether_mirror_images_count(unscored: Path, tmp_path: Path, flags: list[str], kept: bool) -> None:
+    checkpoint = tmp_path / "run.pth"
+    command = ["--data-dir", unscored, "--checkpoint", checkpoint, *OPTIONS, "--epochs", "1", "--tasks", "HUMERUS", *flags]
+    assert run_inside(*command) == 0
+    assert mad.read_tensors(checkpoint, "model")["tta"] is kept
 
 
 def test_the_automatic_threshold_is_stored(data: Path, tmp_path: Path) -> None:
