@@ -557,6 +557,11 @@ def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str,
                 yield part, patient, study
 
 
+def digest_of(text: str) -> str:
+    """Give the SHA-256 of a text, hexadecimal; names of files in it may be any bytes, and the locale does not count."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
 def describe(name: str, views: Sequence[View]) -> str:
     """Count images, studies and patients of each body part and class, a line each."""
     lines = [f"{name:<6}{'part':<14}{'images':>8}{'(abn.)':>8}{'studies':>9}{'(abn.)':>8}{'patients':>10}{'(abn.)':>8}"]
@@ -586,7 +591,7 @@ def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list
     everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())
+        names = sorted(kind, key=lambda name: digest_of(f"{seed}/{name}"))
         val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
     if not val:
         raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
@@ -887,14 +892,14 @@ class Shard:
 
 def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path:
     """Name the cache file of some images after all that decides its content: preprocessing, names, sizes, times of change."""
-    digest = hashlib.sha256(f"{PREPROCESSING_VERSION}|{size}|{fit}".encode())
+    key = [f"{PREPROCESSING_VERSION}|{size}|{fit}"]
     for view in views:
         state = "absent"
         with contextlib.suppress(OSError):
             status = os.stat(view.file)  # noqa: PTH116
             state = f"{status.st_size}|{status.st_mtime_ns}"
-        digest.update(f"{view.name}|{state}\n".encode(errors="surrogateescape"))  # a name may be any bytes
-    return folder / f"{views[0].part}-{size}-{fit}-{digest.hexdigest()[:20]}.npy"
+        key.append(f"{view.name}|{state}\n")
+    return folder / f"{views[0].part}-{size}-{fit}-{digest_of(''.join(key))[:20]}.npy"
 
 
 def array_header(count: int, size: int) -> bytes:
@@ -906,7 +911,7 @@ def array_header(count: int, size: int) -> bytes:
 
 def json_digest(content: object) -> str:
     """Compute the sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return digest_of(json.dumps(content))
 
 
 def open_shard(file: Path, size: int) -> Shard | None:
@@ -982,7 +987,7 @@ def cache_folder(config: Config, root: Path) -> Path:
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError(f"{root}: cannot be written, and there is no home folder: give --cache-dir") from error
-    return user / PROGRAM / hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
+    return user / PROGRAM / digest_of(str(root.resolve()))[:12]
 
 
 @dataclass(frozen=True)
@@ -1085,7 +1090,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
         """Tell this set from any other: a digest of names, labels and pixels."""
         checksums = [self._shards[shard].checksums[row] for shard, row in self._rows]
         lines = (f"{view.name},{view.label},{crc}\n" for view, crc in zip(self.views, checksums, strict=True))
-        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+        return digest_of("".join(lines))[:16]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -1299,6 +1304,12 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images (B, 3, S, S) to logits (B,)."""
         return self.classify(self.features(images))
+
+
+def logits_of(network: nn.Module, images: Tensor, *, tta: bool) -> Tensor:
+    """Map normalised images (B, 3, S, S) to logits (B,); with `tta` each is the mean with its mirror image's."""
+    logits: Tensor = network(images)
+    return (logits + network(images.flip(3))) / 2 if tta else logits
 
 
 def build_network(model: str, weights: str, seed: int) -> Network:
@@ -2074,10 +2085,7 @@ def predict_logits(
     for indices, pixels in zip(batches, feed(batches), strict=True):
         images = normalization(to_unit(pixels))
         with arithmetic.autocast():
-            logits = network(images).float()
-            if tta:
-                logits = (logits + network(images.flip(3)).float()) / 2
-        mine.append(logits)  # fetched at the end: fetching makes the device wait
+            mine.append(logits_of(network, images, tta=tta))  # fetched at the end: fetching makes the device wait
         tick(len(indices))
     return np.concatenate([np.zeros(0), *processes.gather([logits.cpu().double().numpy() for logits in mine])])
 
@@ -2897,8 +2905,8 @@ class Session:
         """
         state = read_tensors(file, "state")
         try:
-            before = {item.name: item.default for item in fields(Config)} | {"tta": False}  # a flag was there
-            then = before | state["settings"]
+            # a state from before a flag was there did what the flag's default says, and averaged no mirror images
+            then = {item.name: item.default for item in fields(Config)} | {"tta": False} | state["settings"]
             other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
                      for name, value in self.settings().items() if then.get(name) != value]
             if other:
@@ -3431,10 +3439,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map grey images (B, 1, S, S), 0 to 1, to probabilities (B,)."""
-        pixels = self.member.normalization(images)
-        logits = self.network(pixels)
-        if self.member.tta:
-            logits = (logits + self.network(pixels.flip(3))) / 2
+        logits = logits_of(self.network, self.member.normalization(images), tta=self.member.tta)
         return torch.sigmoid(logits / self.member.temperature)
 
 
