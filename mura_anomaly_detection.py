@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.10", "torchvision>=0.25", "pillow>=11.0", "matplotlib>=3.9", "tqdm>=4.66", "numpy>=1.26"]
+# dependencies = [
+#     "torch>=2.10", "torchvision>=0.25", "pillow>=11.0", "matplotlib>=3.9", "tqdm>=4.66",
+#     "numpy>=1.26",
+# ]
 # ///
-"""Train, judge and use an abnormality detector for bone X-rays (MURA, arXiv 1712.06957).
+"""Train, evaluate and use an abnormality detector for bone X-rays (MURA, arXiv 1712.06957).
 
-    mura_anomaly_detection.py --demo                                  # all of it, on drawn phantoms
-    mura_anomaly_detection.py --data-dir MURA-v1.1 --tasks ELBOW --checkpoint elbow.pth
-    mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint densenet.pth resnet.pth
-    mura_anomaly_detection.py --predict image1.png --checkpoint elbow.pth
-    mura_anomaly_detection.py --predict studies/ --checkpoint elbow.pth --output results.csv
+  mura_anomaly_detection.py --demo                                   everything, on phantoms
+  mura_anomaly_detection.py --data-dir MURA-v1.1 --checkpoint mura.pth           train and test
+  mura_anomaly_detection.py --data-dir MURA-v1.1 --checkpoint mura.pth --resume  go on
+  mura_anomaly_detection.py --data-dir MURA-v1.1 --evaluate --checkpoint a.pth b.pth   ensemble
+  mura_anomaly_detection.py --predict image1.png --checkpoint mura.pth           explain an image
 
-They train and then score, score an ensemble, explain an image, classify a folder.
-
-Terms. An *image* is one file and shows one *view*. A *study* is one examination of one *body part* (XR_ELBOW, ...):
-1 to 13 views, one label (0 normal, 1 abnormal). A *patient* has one or more studies. The network gives each image a *logit*;
-sigmoid(logit / temperature) is its *probability* of being abnormal; a study's probability is the mean over its views.
-`train/` is split by patient into *train* and *val*; MURA's own `valid/` is the held-out *test* and is scored once.
+Terms. An *image* is one file and shows one *view*. A *study* is one examination of one body part:
+one or more views, one label (0 normal, 1 abnormal). A *patient* has one or more studies. The
+network maps an image to a *logit*; sigmoid(logit / temperature) is the *probability* of abnormal.
+A study's probability is the mean of its views'. `train/` is split by patient into *train* and
+*val*, which chooses the epoch; MURA's `valid/` folder is the *test* set.
 
 For research and teaching, not for diagnosis.
 
-Sections: 1 options - 2 index - 3 split and class weights - 4 decoding, cache, MuraDataset - 5 batches and augmentation -
-6 model - 7 metrics - 8 train and predict loops - 9 files - 10 Grad-CAM - 11 figures - 12 phantoms - 13 training runs -
-14 scoring - 15 prediction - 16 demo and export - 17 commands.
+Read in this order: 1 options, 2 console and files, 3 decoding, 4 data set, 5 transforms, 6 models,
+7 metrics, 8 training, 9 plots, 10 evaluate, predict, export, 11 phantoms and demo, 12 Python API
+and main. Nothing below a block is needed to understand it.
 """
 
 from __future__ import annotations
@@ -34,57 +36,82 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-__version__ = "1.0.0"
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # and 128 + n when stopped by signal n
+__version__ = "2.0.0"
 PROGRAM = "mura_anomaly_detection"
 RESEARCH_ONLY = "for research and teaching, not for diagnosis"
 CLASSES = ("normal", "abnormal")  # index = label
-PAPER_MODEL, PAPER_SIZE = "densenet169", 320  # architecture and input side in pixels: arXiv 1712.06957, section 3.1
-FIGURE_SUFFIXES = ("", ".png", ".jpg", ".pdf", ".svg")  # of --figure; "" is a PNG, or a folder
-HEATMAP_ENDING = "_heatmap.png"  # of figures that --predict names by itself
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # 128 + n: stopped by signal n
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its text is the one line that is printed: the file or flag, and the remedy."""
+    """A failure that the user can mend; its text is one line: the file or flag, and the remedy."""
 
     def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-# ===== 1 options =====================================================================================================
+# ===== 1 options ==================================================================================
+
+MODES = {"T": "training", "E": "--evaluate", "P": "--predict", "X": "--export", "D": "--demo"}
+FIGURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # of --figure; any other name is a folder
+PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
+    "image_size": 320, "lr": 1e-4, "lr_schedule": "plateau", "weight_decay": 0.0, "rotation": 30.0,
+    "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "precise_bn": 0, "tta": False,
+}
+DEMO_DEFAULTS: dict[str, Any] = {  # random weights: with 2 epochs one of 3 seeds did not learn
+    "weights": "none", "resize": "letterbox", "normalization": "image", "image_size": 96,
+    "lr": 1e-3, "epochs": 3,
+}
+HINTS = {  # for flags that people try
+    "--train": "training is what happens without --evaluate, --predict, --export or --demo",
+    "--test": "use --evaluate; training tests on valid/ at its end by itself",
+    "--gpu": "CUDA is used where there is one; --device cuda:1 chooses",
+}
 
 
-def number(kind: type, low: float, high: float = 1e6, *, open_low: bool = False) -> Callable[[str], float]:
-    """Make an argparse type for a finite number in [low, high], or in (low, high] with `open_low`."""
+def number(kind: type, low: float, high: float = 1e6, *, above: bool = False) -> Any:
+    """Return an argparse type: a finite number in [low, high], in (low, high] if `above`."""
 
     def parse(text: str) -> float:
         """Parse one value; argparse prints the error."""
         try:
-            value = kind(text)
-        except ValueError:
+            value = float(kind(text))
+        except (ValueError, OverflowError):
             value = math.nan
-        if not (low <= value <= high) or (open_low and value == low):
+        if not low <= value <= high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'of at least'} {low:g} and at most {high:.10g}"
+            bounds = f"{'above' if above else 'of at least'} {low:g} and at most {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
-        return value  # type: ignore[no-any-return]
+        return int(value) if kind is int else value
 
     return parse
 
 
-def threshold_value(text: str) -> float | str:
-    """Parse --threshold: `auto`, or a probability strictly between 0 and 1."""
-    return text if text == "auto" else number(float, 0, 1 - 1e-9, open_low=True)(text)
+OPEN_UNIT = number(float, 0, 1 - 1e-9, above=True)
 
 
-def normalization_value(text: str) -> str:
-    """Parse --normalization: imagenet, dataset, image, or MEAN,STD in units of the 0 to 1 grey scale."""
+def threshold_rule(text: str) -> float | str:
+    """Parse --threshold: `auto`, sens=P, spec=P, or a probability strictly between 0 and 1."""
+    name, equals, value = text.partition("=")
+    if text == "auto":
+        return text
+    try:
+        if equals and name in ("sens", "spec"):
+            return f"{name}={OPEN_UNIT(value):g}"
+        return float(OPEN_UNIT(text))
+    except argparse.ArgumentTypeError as error:
+        kinds = "auto, sens=P, spec=P, P (above 0, below 1)"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {kinds}") from error
+
+
+def normalization_rule(text: str) -> str:
+    """Parse --normalization: imagenet, dataset, image, or MEAN,STD on the 0 to 1 grey scale."""
     if text in ("imagenet", "dataset", "image"):
         return text
     try:
@@ -92,7 +119,8 @@ def normalization_value(text: str) -> str:
     except ValueError:
         mean, std = math.nan, math.nan
     if not (0 <= mean <= 1 and 0 < std <= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of imagenet, dataset, image, MEAN,STD (such as 0.2,0.18)")
+        kinds = "imagenet, dataset, image, MEAN,STD (such as 0.2,0.18)"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {kinds}")
     return text
 
 
@@ -103,132 +131,207 @@ def device_name(text: str) -> str:
     return text
 
 
-def option(group: str, default: object, text: str, **argparse_arguments: object) -> Any:
-    """Declare one flag as a Config field: its group in --help, its default, its text, and what add_argument takes."""
-    return field(default=default, metadata={"group": group, "help": text, "argparse": argparse_arguments})
+def option(modes: str, default: object, text: str, **argparse_arguments: object) -> Any:
+    """Declare a flag as a field of Config.
+
+    Args:
+        modes: letters of MODES in which it has an effect; it is refused in the others.
+        default: its value where it is not given.
+        text: its line in --help; what stands before a semicolon is enough for -h.
+        argparse_arguments: for add_argument.
+    """
+    about = {"modes": modes, "help": text, "argparse": argparse_arguments}
+    return field(default=default, metadata=about)
 
 
-COUNT, SHARE, PROBABILITY = number(int, 1), number(float, 0, 0.9, open_low=True), number(float, 0, 1)
-DEMO_DEFAULTS: dict[str, Any] = {  # from random weights: with 2 epochs one of 3 seeds did not learn
-    "weights": "none", "fit": "letterbox", "normalization": "image", "image_size": 96, "batch_size": 8, "lr": 1e-3, "epochs": 3,
+def file_option(metavar: str) -> dict[str, Any]:
+    """Return the argparse arguments of a path; `metavar` shows the suffix that it wants."""
+    return {"type": Path, "metavar": metavar}
+
+
+COUNT = {"type": number(int, 1), "metavar": "N"}
+COUNT_OR_OFF = {"type": number(int, 0), "metavar": "N"}
+UNIT = {"type": number(float, 0, 1), "metavar": "X"}
+FRACTION = {"type": number(float, 0, 0.9), "metavar": "FRACTION"}
+RATE = {"type": number(float, 0, 10), "metavar": "RATE"}
+SWITCH = {"action": "store_true"}
+SEVERAL = {"nargs": "+", "action": "extend"}
+GROUPS = {  # first flag of each group in --help
+    "data_dir": "files", "tasks": "data", "model": "training", "evaluate": "evaluation",
+    "predict": "prediction", "demo": "general",
 }
-PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
-    "image_size": PAPER_SIZE, "fit": "stretch", "normalization": "imagenet", "batch_size": 8, "lr": 1e-4, "schedule": "plateau",
-    "weight_decay": 0.0, "flip": 0.5, "rotation": 30.0, "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "settle": 0,
-    "tta": False,
-}
-LEARNING = ("data", "training")  # the groups of options that decide what is learnt: --resume refuses other values
+SHORT_HELP = (
+    "data_dir checkpoint resume overwrite tasks model epochs batch_size lr evaluate predict output "
+    "figure demo device").split()
+LEARNT = (  # they decide what is learnt: --resume takes them from the saved state
+    "tasks val_split image_size resize normalization model batch_size lr lr_schedule warmup "
+    "weight_decay hflip rotation brightness contrast mixup precise_bn select precision seed "
+    "threshold tta").split()
 
 
 @dataclass(frozen=True)
 class Config:
-    """All options: each hyper-parameter is stated here, once, with its unit and source. The flags are made from it."""
+    """All options: each hyper-parameter stands here once, with unit and source."""
 
-    data_dir: Path | None = option("files", None, "folder with train/ and valid/, or a parent of it", type=Path, metavar="DIR")
+    data_dir: Path | None = option(
+        "TE", None, "folder with train/ and valid/, or a parent of it; with --labels, what "
+        "relative paths start from", **file_option("DIR"))
     checkpoint: tuple[Path, ...] = option(
-        "files", (Path("mura_model.pth"),), "model file: training writes it and files named like it, --evaluate and --predict "
-        "read it; several are an ensemble", nargs="+", type=Path, metavar="FILE")
+        "TEPXD", (Path("mura_model.pth"),), "model file: training writes it, the other modes read "
+        "it; several are an ensemble", **SEVERAL, **file_option("FILE.pth"))
     cache_dir: Path | None = option(
-        "files", None, "where decoded images are kept (default: .mura_cache in the data folder, or the user's cache folder "
-        "where that cannot be written)", type=Path, metavar="DIR")
-    resume: str | None = option("files", None, "continue from STEM.last.pth; `auto` starts afresh where there is none",
-                                nargs="?", const="required", choices=("auto", "required"))
-    save_every: float = option("files", 10.0, "minutes between saved states within an epoch", type=number(float, 0),
-                               metavar="MIN")
-    tasks: tuple[str, ...] = option("data", (), "body parts to use, with or without XR_ (default: all)", nargs="+",
-                                    metavar="PART")
-    val_split: float = option("data", 0.2, "share of the patients of train/ kept for validation", type=SHARE, metavar="SHARE")
+        "TED", None, "where decoded images are kept (default: .mura_cache in --data-dir, or the "
+        "user's cache folder where that is read-only)", **file_option("DIR"))
+    resume: str | None = option(
+        "T", None, "continue from STEM.last.pth, with its settings; `auto` starts a new run where "
+        "there is none", nargs="?", const="required", choices=("auto", "required"))
+    overwrite: bool = option("TEPXD", False, "replace files that are there", **SWITCH)
+    save_every: float = option(
+        "T", 10.0, "minutes between saved states within an epoch",
+        type=number(float, 0), metavar="MIN")
+    tasks: tuple[str, ...] = option(
+        "TE", (), "body parts to use, with or without XR_ (default: "
+                  "all)", **SEVERAL, metavar="PART")
+    labels: Path | None = option(
+        "TE", None, "images and labels from a table instead of MURA's folders: path,label and "
+        "optionally patient,study,body_part,view", **file_option("FILE.csv"))
+    val_split: float = option(
+        "TD", 0.2, "fraction of the patients of train/ kept for validation",
+        type=number(float, 0, 0.9, above=True), metavar="FRACTION")
     image_size: int | None = option(
-        "data", None, "side of the network's square input, pixels (default: the paper's 320, or the longest side of the "
-        "training images where that is less)", type=number(int, 64, 2048), metavar="PX")
-    fit: str = option("data", "stretch", "how an image becomes square: stretch (paper), or letterbox, which keeps the aspect",
-                      choices=("stretch", "letterbox"))
+        "TD", None, "side of the network's square input, pixels (default: the paper's 320, or the "
+        "longest side of the images where that is less)", type=number(int, 64, 2048), metavar="PX")
+    resize: str = option(
+        "TD", "stretch", "how an image becomes square: stretch (paper), or letterbox, which keeps "
+        "the aspect ratio", choices=("stretch", "letterbox"))
     normalization: str = option(
-        "data", "imagenet", "grey-level normalisation: imagenet, dataset (mean and deviation of the training images), image "
-        "(of each image by itself) or MEAN,STD", type=normalization_value, metavar="KIND")
+        "TD", "imagenet", "imagenet, dataset (mean and standard deviation of the training images), "
+        "image (of each image) or MEAN,STD", type=normalization_rule, metavar="KIND")
     on_bad_image: str | None = option(
-        "data", None, "unreadable images are listed; then skip them, or stop (default: skip, but stop if over 1 %% are "
-        "unreadable)", choices=("skip", "stop"))
-    model: str | None = option("training", None, "architecture (default: densenet169; with a checkpoint, its own)",
-                               choices=("densenet169", "resnet50"))
-    recipe: str = option("training", "default", "what the other options are if not given: the defaults shown here, or the MURA "
-                         "paper's", choices=("default", "paper"))
+        "TE", None, "unreadable images are listed; then skip them or stop (default: skip, but stop "
+        "if more than 1 %% are unreadable)", choices=("skip", "stop"))
+    drop_duplicates: bool = option(
+        "TE", False, "leave images out of the test that are also in training, or have "
+        "contradicting labels (default: only report them)", **SWITCH)
+    model: str = option(
+        "TD", "densenet169", "architecture; --weights with a file of this program brings its own",
+        choices=("densenet169", "resnet50"))
+    recipe: str = option(
+        "T", "default", "what flags are that are not given: as shown here, or as in the MURA paper",
+        choices=("default", "paper"))
     weights: str = option(
-        "training", "imagenet", "initial weights: imagenet (downloaded by torchvision), none (random), or a file (torchvision "
-        "state_dict, or a checkpoint of this program)", metavar="SOURCE")
-    epochs: int = option("training", 5, "passes over the training images", type=COUNT, metavar="N")
-    batch_size: int = option("training", 8, "images per optimiser step, over all processes together (paper: 8); scoring takes "
-                             "four times as many at once", type=COUNT, metavar="N")
-    accumulate: int = option("training", 1, "parts that a batch is computed in, to fit a small card", type=COUNT, metavar="N")
-    lr: float = option("training", 3e-4, "peak learning rate of Adam (paper: 0.0001)", type=number(float, 0, 10, open_low=True),
-                       metavar="RATE")
-    schedule: str = option(
-        "training", "quadratic", "learning rate: quadratic (warm-up, then the square of what is left) or plateau (paper: a "
-        "tenth when the validation loss does not fall)", choices=("quadratic", "plateau"))
-    warmup: float = option("training", 0.1, "share of all steps in which quadratic rises to --lr", type=number(float, 0, 0.9),
-                           metavar="SHARE")
-    weight_decay: float = option("training", 0.01, "decoupled weight decay, per unit of learning rate (paper: 0)",
-                                 type=number(float, 0, 10), metavar="RATE")
-    flip: float = option("training", 0.5, "probability of a left-right flip", type=PROBABILITY, metavar="P")
-    rotation: float = option("training", 10.0, "largest random rotation to either side, degrees (paper: 30)",
-                             type=number(float, 0, 180), metavar="DEG")
-    brightness: float = option("training", 0.1, "largest random shift of brightness, share of full scale", type=PROBABILITY,
-                               metavar="X")
-    contrast: float = option("training", 0.2, "largest random change of contrast, share", type=PROBABILITY, metavar="X")
+        "TD", "imagenet", "initial weights: imagenet (downloaded), none (random) or a file: a "
+        "model of this program, or of torchvision or timm", metavar="SOURCE")
+    epochs: int = option("TD", 5, "passes over the training images", **COUNT)
+    batch_size: int = option(
+        "TEPD", 8, "images per optimiser step, over all processes (paper: 8); without gradients "
+        "four times as many at once", **COUNT)
+    grad_accum_steps: int = option(
+        "TD", 1, "micro-batches that a batch is computed in, to save memory", **COUNT)
+    lr: float = option(
+        "TD", 3e-4, "peak learning rate of AdamW (paper: 1e-4)",
+        type=number(float, 0, 10, above=True), metavar="RATE")
+    lr_schedule: str = option(
+        "TD", "poly", "poly (linear warm-up, then polynomial decay of power 2) or plateau (paper: "
+        "a tenth when the val loss does not fall)", choices=("poly", "plateau"))
+    warmup: float = option("TD", 0.1, "fraction of all steps in which poly rises to "
+                                      "--lr", **FRACTION)
+    weight_decay: float = option("TD", 0.01, "decoupled weight decay (paper: 0)", **RATE)
+    hflip: float = option("TD", 0.5, "probability of a horizontal flip", **UNIT)
+    rotation: float = option(
+        "TD", 10.0, "largest rotation to either side, degrees (paper: 30)",
+        type=number(float, 0, 180), metavar="DEG")
+    brightness: float = option(
+        "TD", 0.1, "largest shift of brightness, fraction of full scale", **UNIT)
+    contrast: float = option("TD", 0.2, "largest relative change of contrast", **UNIT)
     mixup: float = option(
-        "training", 0.0, "blend each image with another of its batch, by shares from the beta distribution (X, X); 0 = never "
-        "(paper), 0.2 for long runs", type=number(float, 0, 10), metavar="X")
-    settle: int = option(
-        "training", 256, "unvaried training images from which batch normalisation takes its statistics before validation; 0 = "
-        "those that training left (paper)", type=number(int, 0), metavar="N")
+        "TD", 0.0, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and more",
+        **RATE | {"metavar": "ALPHA"})
+    precise_bn: int = option(
+        "TD", 256, "training images that BatchNorm statistics are recomputed from before each "
+        "validation (arXiv 2105.07576); 0 is off (paper)", **COUNT_OR_OFF)
+    select: str = option(
+        "TD", "accuracy", "metric of val that chooses the epoch: accuracy and loss are per image, "
+        "auroc and kappa per study", choices=("accuracy", "auroc", "kappa", "loss"))
     patience: int = option(
-        "training", 0, "stop after N epochs without a better validation accuracy (or the same and a lower loss); 0 = never",
-        type=number(int, 0), metavar="N")
+        "TD", 0, "stop after N epochs without a better --select; 0 is never", **COUNT_OR_OFF)
     precision: str = option(
-        "training", "auto", "arithmetic: auto (bf16 where the hardware gains from it, else fp32), bf16, tf32 (CUDA) or fp32",
-        choices=("auto", "bf16", "tf32", "fp32"))
-    seed: int = option("training", 0, "seed of weights, split, order, augmentation and bootstrap", type=number(int, 0, 2**31),
-                       metavar="N")
-    evaluate: bool = option("evaluation", False, "score saved models instead of training", action="store_true")
-    split: str = option("evaluation", "valid", "which folder --evaluate scores", choices=("train", "valid"))
+        "TEPD", "auto", "auto (bf16 or fp16 where the hardware gains from it, else fp32), bf16, "
+        "fp16, tf32 or fp32", choices=("auto", "bf16", "fp16", "tf32", "fp32"))
+    seed: int = option(
+        "TED", 0, "seed of weights, split, order, augmentation and bootstrap",
+        type=number(int, 0, 2**31), metavar="N")
+    evaluate: bool = option("E", False, "evaluate saved models instead of training", **SWITCH)
+    split: str = option(
+        "E", "valid", "which folder --evaluate uses", choices=("train", "valid"))
     threshold: float | str | None = option(
-        "evaluation", None, "abnormal above this probability; `auto`, while training: the one with the best study kappa on val "
-        "(default: 0.5 while training, later the one stored in the checkpoint)", type=threshold_value, metavar="P")
+        "TEPXD", None, "abnormal above this probability; or auto (highest study kappa), sens=0.95 "
+        "or spec=0.95, found on val while training, on the evaluated images with --evaluate "
+        "(default: 0.5 while training, then the model's)", type=threshold_rule, metavar="P")
     tta: bool | None = option(
-        "evaluation", None, "average each image's logit with that of its mirror image (default: while training, if --flip is "
-        "above 0; later as stored in the checkpoint)", action=argparse.BooleanOptionalAction)
-    bootstrap: int = option("evaluation", 1000, "patient resamples behind the 95 %% intervals", type=number(int, 100, 100_000),
-                            metavar="N")
-    predict: tuple[Path, ...] = option("prediction", (), "classify and explain images, folders and study folders", nargs="+",
-                                       type=Path, metavar="PATH")
-    output: Path | None = option("prediction", None, "also write the results to F.csv or F.json", type=Path, metavar="F")
+        "TEPXD", None, "horizontal-flip TTA: average the logits of an image and its flip (default: "
+        "while training, if --hflip is above 0; then the model's)",
+        action=argparse.BooleanOptionalAction)
+    bootstrap: int = option(
+        "TED", 1000, "patient resamples behind the 95 %% intervals",
+        type=number(int, 100, 100_000), metavar="N")
+    prevalence: float | None = option(
+        "TEPD", None, "fraction of abnormal cases where the model is to be used: adds PPV, NPV and "
+        "probabilities for it", type=OPEN_UNIT, metavar="P")
+    predict: tuple[Path, ...] = option(
+        "P", (), "classify and explain images, study folders and other folders", **SEVERAL,
+        **file_option("PATH"))
+    output: Path | None = option(
+        "PE", None, "also write the predictions to this .csv or .json; with --evaluate, the stem "
+        "of the report's files", **file_option("FILE.csv"))
     figure: Path | None = option(
-        "prediction", None, "where original | heatmap | overlay go: a file for one input (default: NAME_heatmap.png), a folder "
-        "for several (default: none)", type=Path, metavar="PATH")
-    cam_class: str = option("prediction", "predicted", "class that the heatmap explains",
-                            choices=("predicted", "abnormal", "normal"))
-    save_cam: Path | None = option("prediction", None, "write the raw maps (evidence for abnormal, logits) to F.npz", type=Path,
-                                   metavar="F")
-    no_show: bool = option("prediction", False, "never open a window", action="store_true")
-    export: Path | None = option("prediction", None, "write the network of --checkpoint to F.onnx or F.pt2", type=Path,
-                                 metavar="F")
-    demo: Path | None = option("general", None, "train, score and predict on generated phantoms in DIR (default: mura_demo)",
-                               nargs="?", type=Path, const=Path("mura_demo"), metavar="DIR")
-    device: str = option("general", "auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N", type=device_name,
-                         metavar="NAME")
-    compile: bool = option("general", False, "compile the network with torch.compile for training", action="store_true")
-    workers: int = option("general", 0, "threads that decode images; 0 = one per core", type=number(int, 0, 256), metavar="N")
-    debug: bool = option("general", False, "show tracebacks", action="store_true")
+        "PED", None, "original | heatmap | overlay: a picture for one input (default: "
+        "NAME_heatmap.png), a folder for several (default: none); with --evaluate, a folder for "
+        "the most wrong images", **file_option("PATH"))
+    cam: str = option(
+        "PED", "fine", "heatmap: fine (fused LayerCAM of several stages) or gradcam (the last "
+        "stage)", choices=("fine", "gradcam"))
+    cam_class: str = option(
+        "PED", "abnormal", "class that the heatmap explains",
+        choices=("abnormal", "normal", "predicted"))
+    save_cam: Path | None = option(
+        "P", None, "write the heatmaps, (H, W) float32 by path", **file_option("FILE.npz"))
+    no_show: bool = option("PD", False, "open no window", **SWITCH)
+    export: Path | None = option(
+        "X", None, "write the model as FILE.onnx or FILE.pt2", **file_option("FILE.onnx"))
+    demo: Path | None = option(
+        "D", None, "train, test and explain on generated phantoms in DIR (default: mura_demo)",
+        nargs="?", const=Path("mura_demo"), **file_option("DIR"))
+    device: str = option(
+        "TEPD", "auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N",
+        type=device_name, metavar="NAME")
+    compile: bool = option("TD", False, "compile the network with torch.compile", **SWITCH)
+    workers: int = option(
+        "TEPD", 0, "threads that decode images; 0 is one per core", **COUNT_OR_OFF)
+    debug: bool = option("TEPXD", False, "show tracebacks", **SWITCH)
+    given: frozenset[str] = frozenset()  # names of the flags on the command line
 
     @property
-    def stem(self) -> Path:
-        """The first --checkpoint without its suffix: what the files of a run are named after."""
-        return self.checkpoint[0].with_suffix("")
+    def mode(self) -> str:
+        """The letter of MODES."""
+        flags = {"E": self.evaluate, "P": self.predict, "X": self.export, "D": self.demo}
+        return next((letter for letter, value in flags.items() if value), "T")
+
+    def file(self, ending: str) -> Path:
+        """Return a file of the run: STEM and an ending such as .last.pth.
+
+        STEM is the first --checkpoint without its suffix, or the --output of --evaluate.
+        """
+        named = self.output if self.evaluate and self.output else self.checkpoint[0]
+        return Path(f"{named.with_suffix('')}{ending}")
 
     @property
-    def scoring_batch(self) -> int:
-        """Images at once where nothing is learnt, over all processes: without gradients four times as many take less memory."""
-        return max(1, 4 * self.batch_size // self.accumulate)
+    def eval_batch_size(self) -> int:
+        """Images at once without gradients, over all processes."""
+        return max(1, 4 * self.batch_size // self.grad_accum_steps)
+
+
+OPTIONS = tuple(item for item in fields(Config) if item.metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -237,78 +340,121 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the one line and exit with EXIT_USAGE."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else "see --help"
+        hint = "see --help"
+        if unknown:
+            flags = list(self._option_string_actions)
+            near = difflib.get_close_matches(unknown[1], flags, 1, cutoff=0.7)
+            hint = HINTS.get(unknown[1]) or (f"did you mean {near[0]}?" if near else hint)
         self.exit(EXIT_USAGE, f"{self.prog}: error: {' '.join(message.split())} ({hint})\n")
 
 
-def build_parser() -> Parser:
-    """Make the parser from Config: a flag for each field, in groups, with the default shown."""
+def flag_of(name: str) -> str:
+    """Return the flag of a field of Config."""
+    return "--" + name.replace("_", "-")
+
+
+def help_text(item: Any, *, short: bool) -> str:
+    """Return a flag's line in --help with its default, or that of -h, which hides most flags."""
+    text, default = str(item.metadata["help"]), item.default
+    if short:
+        return text.partition(";")[0] if item.name in SHORT_HELP else argparse.SUPPRESS
+    if default is None or default is False or default == ():
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})"
+
+
+def build_parser(*, short: bool = False) -> Parser:
+    """Return the parser made from Config; with `short` its help holds the few flags of -h."""
     head, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\nThey train")[0],
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100),
+        prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\n")[0],
+        allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--data-dir DIR | --evaluate | --predict PATH ... | --export F | --demo]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=100),
     )
+    parser.add_argument("-h", action="help", help="this screen" if short else "the most used flags")
+    parser.add_argument("--help", action="help", help="every flag")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    for title, items in itertools.groupby(fields(Config), lambda item: item.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for item in items:
-            shown, text = item.default, item.metadata["help"]
-            if not any(shown is silent for silent in (None, False, ())):
-                text += f" (default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
-            group.add_argument("--" + item.name.replace("_", "-"), default=shown, help=text, **item.metadata["argparse"])
+    group: Any = parser
+    for item in OPTIONS:
+        if item.name in GROUPS and not short:
+            group = parser.add_argument_group(GROUPS[item.name])
+        text = help_text(item, short=short)
+        group.add_argument(flag_of(item.name), help=text, **item.metadata["argparse"])
     return parser
 
 
 def parse_options(arguments: Sequence[str]) -> Config:
-    """Turn command-line arguments into a Config; wrong use prints one line and exits with EXIT_USAGE."""
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    if given.demo:
-        parser.set_defaults(**DEMO_DEFAULTS, checkpoint=(given.demo / "demo.pth",))
-    if given.recipe == "paper":
-        parser.set_defaults(**PAPER_RECIPE)
-    values = vars(parser.parse_args(arguments)).items()
-    chosen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
-    config = Config(**chosen)
+    """Return the Config of command-line arguments; wrong use prints one line and exits with 2."""
+    parser = build_parser(short="-h" in arguments)
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    if given.get("demo"):
+        values = DEMO_DEFAULTS | {"checkpoint": (given["demo"] / "demo.pth",)}
+    elif given.get("recipe") == "paper":
+        values = dict(PAPER_RECIPE)
+    for name, value in given.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    config = Config(**values, given=frozenset(given))
     if problem := usage_problem(config):
         parser.error(problem)
     return config
 
 
 def usage_problem(config: Config) -> str | None:
-    """Say what is wrong with a combination of flags, or None."""
+    """Return what is wrong with a combination of flags, or None."""
     modes = [name for name in ("evaluate", "predict", "export", "demo") if getattr(config, name)]
-    training = not modes or modes == ["demo"]
-    problems = [
-        (len(modes) > 1, f"--{' and --'.join(modes)} exclude each other"),
-        (config.demo and config.data_dir, "--demo makes its own data: leave --data-dir out"),
-        ((not modes or modes == ["evaluate"]) and not config.data_dir, "--data-dir DIR is needed, or --predict, or --demo"),
-        (training and len(config.checkpoint) > 1, "training writes one --checkpoint"),
-        (training and config.checkpoint[0].suffix != ".pth", f"--checkpoint {config.checkpoint[0]}: the name must end in .pth"),
-        (training and config.checkpoint[0].name.endswith(".last.pth"),  # it would overwrite the state of another run
-         f"--checkpoint {config.checkpoint[0]}: is the name of a saved state; give the model's, STEM.pth, and --resume"),
-        (not training and config.threshold == "auto", "--threshold auto is chosen on val while training"),
-        (bool(config.export) and len(config.checkpoint) > 1, "--export takes one --checkpoint"),
-        (config.export and config.export.suffix not in (".onnx", ".pt2"), f"--export {config.export}: use .onnx or .pt2"),
-        (config.output and config.output.suffix not in (".csv", ".json"), f"--output {config.output}: use .csv or .json"),
-        (config.figure and not config.figure.is_dir() and config.figure.suffix.lower() not in FIGURE_SUFFIXES,
-         f"--figure {config.figure}: use {', '.join(FIGURE_SUFFIXES[1:])}, or a folder for several inputs"),
-        (config.save_cam and config.save_cam.suffix != ".npz", f"--save-cam {config.save_cam}: use .npz"),
-        ((config.output or config.save_cam) and not config.predict, "--output and --save-cam go with --predict"),
-        (config.figure and not (config.predict or config.demo), "--figure goes with --predict and --demo"),
-        (config.split != "valid" and not config.evaluate, "--split goes with --evaluate"),
-        (training and config.mixup and config.batch_size == 1, "--mixup blends images of a batch: --batch-size 1 has but one"),
-        (config.demo and config.figure and config.figure.is_dir(), f"--figure {config.figure}: name a file, not a folder"),
+    if len(modes) > 1:
+        return f"--{' and --'.join(modes)} exclude each other"
+    for item in OPTIONS:
+        if item.name in config.given and config.mode not in item.metadata["modes"]:
+            fixed = config.mode in "EPX" and item.name in LEARNT
+            why = "the checkpoint fixes it" if fixed else "it would do nothing"
+            return f"{flag_of(item.name)} does not go with {MODES[config.mode]}: {why}"
+    return next((text for wrong, text in flag_problems(config) if wrong), None)
+
+
+def flag_problems(config: Config) -> list[tuple[object, str]]:
+    """Return (is it wrong, the line) for each rule about flags that need or exclude another."""
+    mode, first, output, figure = config.mode, config.checkpoint[0], config.output, config.figure
+    trains, explains = mode in "TD", config.given & {"cam", "cam_class"}
+    is_picture = bool(figure and figure.suffix.lower() in FIGURE_SUFFIXES)
+    return [
+        (mode in "TE" and not (config.data_dir or config.labels),
+         "--data-dir DIR is needed (or --predict, or --demo)"),
+        (config.labels and "split" in config.given, "--split is for MURA's folders, not for "
+                                                    "--labels"),
+        (trains and len(config.checkpoint) > 1, "training writes one --checkpoint"),
+        (trains and first.suffix != ".pth", f"--checkpoint {first}: the name must end in .pth"),
+        (trains and first.name.endswith(".last.pth"),
+         f"--checkpoint {first}: is the name of a saved state; give STEM.pth, and --resume"),
+        (config.resume and config.overwrite, "--resume and --overwrite exclude each other"),
+        (mode in "PX" and isinstance(config.threshold, str),
+         f"--threshold {config.threshold}: is found while training or by --evaluate"),
+        (mode == "X" and len(config.checkpoint) > 1, "--export takes one --checkpoint"),
+        (config.export and config.export.suffix not in (".onnx", ".pt2"),
+         f"--export {config.export}: the name must end in .onnx or .pt2"),
+        (mode == "P" and output and output.suffix not in (".csv", ".json"),
+         f"--output {output}: the name must end in .csv or .json"),
+        (config.save_cam and config.save_cam.suffix != ".npz",
+         f"--save-cam {config.save_cam}: the name must end in .npz"),
+        (mode == "E" and (is_picture or (explains and not figure)),
+         "--evaluate draws its heatmaps into the folder of --figure: name a folder"),
+        (mode == "D" and figure and not is_picture,
+         f"--figure {figure}: use a name that ends in {', '.join(FIGURE_SUFFIXES)}"),
+        (trains and config.mixup and config.batch_size == 1,
+         "--mixup mixes the images of a batch: --batch-size 1 has but one"),
+        ("warmup" in config.given and config.lr_schedule == "plateau",
+         "--warmup goes with --lr-schedule poly"),
     ]
-    return next((text for wrong, text in problems if wrong), None)
 
 
 if __name__ == "__main__":
-    # Parsed before the heavy imports, on purpose: --help and typing errors answer at once. Until `main` takes over,
-    # Ctrl-C ends the program the plain way instead of with a traceback out of an import.
-    OPTIONS = parse_options(sys.argv[1:])
+    # Parsed before the heavy imports: --help and typing errors answer at once. Until `main` takes
+    # over, Ctrl-C ends the program the plain way instead of with a traceback out of an import.
+    CONFIG = parse_options(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
@@ -321,19 +467,18 @@ import logging
 import os
 import pickle
 import secrets
+import shlex
 import stat
-import struct
 import tempfile
-import textwrap
 import time
 import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
-from functools import cached_property, lru_cache, partial
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
 from statistics import NormalDist
 from types import FrameType
 
@@ -342,602 +487,1261 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from pydicom import Dataset
 
+Content = dict[str, Any]  # what a checkpoint, a report or a row holds
+Pixels = npt.NDArray[np.uint8]  # grey, (H, W)
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Shape = tuple[int, str]  # side in pixels and --resize of a network's input
 
-def is_first() -> bool:
-    """Tell whether this is the process that prints and writes: the only one, or the first of a torchrun job."""
-    return os.environ.get("RANK", "0") == "0"
+# ===== 2 console and files ========================================================================
+
+STALE_SECONDS = 3600  # a temporary file this old was left by a process that was killed
+PEER_TIMEOUT = timedelta(minutes=10)  # a process that hangs or has died ends the others after this
 
 
-def write_line(text: str, stream: Any) -> None:
-    """Write a line above any progress bar; where the reader has gone, as `| head` does, the run goes on unheard."""
+class SafeStream:
+    """A text stream whose failure (terminal gone, disk full, pipe closed) does not end the work.
+
+    After the first failure all further output goes nowhere, and `lost` says why.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.lost = stream, ""
+
+    def write(self, text: str) -> int:
+        """Write text; its length is returned even where it was lost."""
+        with self.guarded():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        with self.guarded():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Send the stream to the null device when it fails."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not isinstance(error, BrokenPipeError):  # as by `| head`: the reader has seen enough
+                self.lost = str(error)
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def printable(text: str) -> str:
+    r"""Return text with control characters, newlines and bytes that are no text escaped.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    escaped = (char.encode("unicode_escape").decode() for char in text)
+    return "".join(c if c.isprintable() else e for c, e in zip(text, escaped, strict=True))
+
+
+def shorten(name: str, width: int) -> str:
+    """Return a name in at most `width` printable characters, the middle of a long one cut out.
+
+    >>> shorten("patient00011", 8)
+    'pati~011'
+    """
+    text, head = printable(name), width // 2
+    return text if len(text) <= width else f"{text[:head]}~{text[len(text) - width + head + 1 :]}"
+
+
+def log(text: str) -> None:
+    """Print one line of results on stdout, above any progress bar; the first process only."""
+    if is_main_process():
+        tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(text: str, *, failed: bool = False) -> None:
+    """Print one line on stderr; why it `failed` is printed by every process, with its rank."""
+    if is_main_process() or failed:
+        rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+        tqdm.write(f"{PROGRAM}{rank}: {printable(text)}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+class Progress:
+    """A progress bar on a terminal and in a notebook; elsewhere a line a minute on stderr."""
+
+    def __init__(self, total: int, title: str, unit: str = "image", done: int = 0) -> None:
+        interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
+        self.total, self.title, self.unit, self.done = total, title, unit, done
+        self.line_due = time.monotonic() + 60
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, file=sys.stderr,
+                        leave=False, dynamic_ncols=True,
+                        disable=not (interactive and is_main_process()))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Count more done; `note` is shown behind the bar or on the line."""
+        self.done += count
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() > self.line_due:
+            self.line_due = time.monotonic() + 60
+            share = f"{self.done}/{self.total} {self.unit}s"
+            warn(f"{self.title}: {share}{', ' * bool(note)}{note}")
+
+
+class Stopped(BaseException):
+    """Raised after SIGINT or SIGTERM; a BaseException, so that no `except Exception` takes it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into Stopped: at once, or at the next `check` where deferred.
+
+    A second Ctrl-C ends the process the plain way; SIGTERM may come several times, from torchrun
+    and from a scheduler. It is a context manager, which restores the handlers of before; in a
+    thread other than the main one nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.signum, self.deferring = 0, False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        with contextlib.suppress(ValueError):
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.before[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Acknowledge a signal at once and act on it now or later."""
+        if not self.signum and is_main_process():
+            when = " after this batch; Ctrl-C again stops at once" if self.deferring else ""
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{PROGRAM}: stopping{when}\n".encode())
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+        if not self.deferring:
+            raise Stopped(signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a signal waits for `check`: there is work to save first."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+def is_distributed() -> bool:
+    """Return whether torchrun started this process; a stray RANK alone does not count."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in names)
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints and writes."""
+    return not is_distributed() or os.environ["RANK"] == "0"
+
+
+class Distributed:
+    """The processes of a torchrun job, or this one alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size, self.local_rank = 0, 1, 0
+        if is_distributed():
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            self.rank, self.world_size, self.local_rank = (int(os.environ[n]) for n in names)
+        self.store: Any = None
+
+    def start(self, device: torch.device) -> None:
+        """Join the other processes: NCCL on CUDA, gloo elsewhere."""
+        if self.world_size == 1:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current device
+        found = dist.rendezvous("env://", timeout=PEER_TIMEOUT)  # type: ignore[attr-defined]
+        store, rank, world_size = next(found)
+        # torchrun keeps one store for all restarts: a restart would meet dead processes' addresses
+        attempt = f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # the count is one machine's own
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
+        self.store = store
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def wait_for_decoding(self, name: str) -> None:
+        """Wait for all processes, for as long as decoding may take; a `name` is used once."""
+        if self.world_size > 1:
+            self.store.set(f"{name}/{self.rank}", "done")
+            everyone = [f"{name}/{rank}" for rank in range(self.world_size)]
+            while not self.store.check(everyone):  # store.wait would not hear a signal
+                time.sleep(0.2)
+
+    def sum(self, values: Tensor) -> list[float]:
+        """Return the sums of (n,) values over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def gather(self, mine: Sequence[Any]) -> list[Any]:
+        """Return all processes' items: the i-th of rank r becomes item i * world_size + r."""
+        if self.world_size == 1:
+            return list(mine)
+        lists: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(lists, list(mine))
+        rounds = itertools.zip_longest(*lists)
+        return [item for items in rounds for item in items if item is not None]
+
+    def broadcast_buffers(self, network: nn.Module) -> None:
+        """Copy rank 0's BatchNorm statistics to all, so that all evaluate the same network."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def require_shared(self, folder: Path) -> None:
+        """Check that all processes see one folder.
+
+        Raises:
+            UserError: some machine does not.
+        """
+        if self.world_size == 1:
+            return
+        probe = folder / f".{PROGRAM}.shared"
+        if self.rank == 0:
+            atomic_write(probe, b"")
+        self.wait()
+        seen = self.gather([probe.exists()])
+        if self.rank == 0:
+            probe.unlink()
+        if not all(seen):
+            raise UserError(f"{folder}: is not shared by all machines; --checkpoint must be in a "
+                            "folder that they share", EXIT_FAILED)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error that names a file that cannot be written, and the remedy."""
+    reason = error.strerror or error
+    return UserError(f"{path}: cannot be written ({reason}); free space or choose another place",
+                     EXIT_FAILED)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the temporary files that killed processes left."""
+    with contextlib.suppress(OSError):  # no such folder, or another process was faster
+        for name in os.listdir(folder):
+            found = re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", name)
+            if found and time.time() - os.stat(folder / name).st_mtime > STALE_SECONDS:
+                os.unlink(folder / name)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a path in the same folder, whose file becomes `path` when it is whole and on the disk.
+
+    A link's target is replaced, not the link; the mode of an earlier file stays. Temporary files
+    that killed processes left are removed. May raise OSError.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(path.parent)
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # file systems take 255 bytes
+    temporary = path.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
     try:
-        tqdm.write(text, file=stream)
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        yield temporary
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
 
 
-def say(text: str) -> None:
-    """Print a result on stdout, above any progress bar."""
-    if is_first():
-        write_line(text, sys.stdout)
+def sync(path: Path) -> None:
+    """Have a file, or on POSIX a folder, reach the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def note(text: str, *, failed: bool = False) -> None:
-    """Print one line on stderr, above any progress bar; why it `failed` is told by every process, with its number."""
-    if is_first() or failed:
-        write_line(f"{PROGRAM}{'' if is_first() else ' (process ' + os.environ['RANK'] + ')'}: {text}", sys.stderr)
-
-
-def progress_bar(**arguments: Any) -> Any:
-    """Make a tqdm bar on stderr that leaves nothing behind, and none at all off a terminal."""
-    return tqdm(file=sys.stderr, leave=False, dynamic_ncols=True, disable=None if is_first() else True, **arguments)
-
-
-# ===== 2 index of the data set =======================================================================================
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")  # in any case
-
-
-@dataclass(frozen=True)
-class View:
-    """One image of the set."""
-
-    file: str  # its path as text: of 40,000 Paths, making alone would take half a second
-    part: str  # XR_ELBOW, ...
-    patient: str  # patient00011, ...: the same name in two body parts is taken for one patient
-    study: str  # XR_ELBOW/patient00011/study1_negative, ...
-    label: int  # 0 normal, 1 abnormal
-
-    @cached_property
-    def path(self) -> Path:
-        """Where the image is."""
-        return Path(self.file)
-
-    @cached_property
-    def name(self) -> str:
-        """The path below train/ or valid/, with forward slashes: `study` and the file's name."""
-        return f"{self.study}/{os.path.basename(self.file)}"  # noqa: PTH119
-
-
-def find_data_root(folder: Path) -> Path:
-    """Find the folder that holds train/ or valid/: `folder`, or up to two levels below it.
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name only when it is whole; before, the old one stays.
 
     Raises:
-        UserError: the folder is missing, or nothing like MURA is in it.
+        UserError: no space, no permission, not a folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data-dir wants the unpacked MURA-v1.1")
-    for candidate in (folder, *sorted(folder.glob("[!._]*/")), *sorted(folder.glob("[!._]*/[!._]*/"))):  # not __MACOSX
-        if os.path.isdir(candidate / "train") or os.path.isdir(candidate / "valid"):  # noqa: PTH112 - never raises
-            return candidate
-    raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; --data-dir wants the unpacked MURA-v1.1")
+    try:
+        with temporary_file(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
-def subfolders(folder: Path | str) -> list[str]:
-    """List the names of the folders directly below `folder`, in natural order; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        return sorted((entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()), key=natural_key)
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Return rows as CSV; None and NaN become empty cells, control characters are escaped."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: csv_cell(row.get(key)) for key in columns})
+    return text.getvalue().encode(errors="surrogateescape")  # a file's name may be any bytes
 
 
-@lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
-def natural_key(text: str) -> list[tuple[int, str]]:
-    """Sort key that puts image2 before image10.
-
-    >>> sorted(["image10.png", "image2.png"], key=natural_key)
-    ['image2.png', 'image10.png']
-    """
-    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", text)]
+def csv_cell(value: Any) -> Any:
+    """Return what csv is to write for a value."""
+    if isinstance(value, str):
+        return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: printable(found[0]), value)
+    return None if value != value else value
 
 
-def image_names(folder: Path | str) -> list[str]:
-    """List the names in `folder` that look like images, in natural order.
-
-    AppleDouble (._x) and other stray files are left out, and so is what --predict saved beside the images.
-    """
-    names = (name for name in os.listdir(folder) if name[0] != "." and not name.endswith(HEATMAP_ENDING))
-    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
+def json_text(content: object) -> bytes:
+    """Return indented JSON; NaN is refused rather than written."""
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def read_list(path: Path, split: str) -> dict[str, str]:
-    """Read one of MURA's CSV lists: what follows `split`/ in each path, and the label behind it ("" in a list of images).
-
-    >>> read_list(Path("no such file"), "train")
-    {}
+def require_writable(path: Path) -> None:
+    """Check before long work that `atomic_write` will be able to write a file at its end.
 
     Raises:
-        UserError: a row is not `.../SPLIT/XR_PART/patient/study/...` (with `,0` or `,1` in a list of studies).
+        UserError: as there.
     """
+    try:
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if path.is_dir():
+            raise IsADirectoryError(None, "a folder")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def require_new(paths: Iterable[Path], remedy: str) -> None:
+    """Refuse to replace files.
+
+    Raises:
+        UserError: one of them is there; `remedy` says what to do.
+    """
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: is there already; {remedy}")
+
+
+def is_ours(path: Path, header: bytes = b"") -> bool:
+    """Return whether a file begins with `header`, or carries this program's name near an end."""
     if not path.is_file():
-        return {}
-    endings = (["0"], ["1"]) if "labeled_studies" in path.name else ([],)
-    listed: dict[str, str] = {}
-    try:  # line by line, so that a stray quote does not swallow the lines behind it
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [next(csv.reader([line]), []) if '"' in line else line.split(",") for line in lines]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error}); restore it from the MURA archive or delete it") from error
-    for count, row in enumerate(rows, 1):
-        if not "".join(row).strip():
-            continue
-        _, found, name = ("/" + row[0].replace("\\", "/").strip("/ \t")).rpartition(f"/{split}/")
-        label = [cell.strip() for cell in row[1:]]
-        if not found or name.count("/") < 2 or label not in endings:
-            raise UserError(f"{path}: line {count} is not like MURA's ({','.join(row)[:60]!r}); restore the file or delete it")
-        listed[name] = "".join(label)
-    return listed
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+        file.seek(-min(4096, path.stat().st_size), os.SEEK_END)
+        ends = head + file.read()
+    return PROGRAM.encode() in ends or bool(header and head.startswith(header))
 
 
-def choose_parts(present: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """Match --tasks, with or without XR_ and in any case, against the body parts present.
+class RunLock:
+    """A lock on a run's files that dies with its process, so a crash leaves none behind.
 
     Raises:
-        UserError: a task that is not present; the message lists those that are, and the nearest.
+        UserError: another process holds it.
     """
-    known = {part.upper().removeprefix("XR_"): part for part in present}
-    chosen = []
-    for task in tasks:
-        key = task.upper().removeprefix("XR_")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--tasks {task}: no such body part; present are {', '.join(sorted(known)) or 'none'}{hint}")
-        chosen.append(known[key])
-    return sorted(set(chosen)) if tasks else list(present)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("ab")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        try:
+            lock_file(self.file)
+        except OSError as error:
+            raise UserError(f"{self.path}: another run with this --checkpoint is under way; wait "
+                            "for its end or use another --checkpoint", EXIT_FAILED) from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        if self.file:
+            self.file.close()
 
 
-@dataclass(frozen=True)
-class Index:
-    """The images of one split, and what was noticed while looking for them (one line each)."""
+def lock_file(file: IO[bytes]) -> None:
+    """Lock an open file; OSError where another process has."""
+    if os.name == "posix":
+        import fcntl
 
-    split: str
-    views: tuple[View, ...]
-    notes: tuple[str, ...]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
 
 
-def index_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Index:
-    """Index `root/split`: XR_*/patient*/study*/image*, as the CSV lists beside it say where there are any.
+def write_checkpoint(path: Path, content: dict[str, Any]) -> str:
+    """Write what torch.save can hold; returns the file's SHA-256."""
+    buffer = io.BytesIO()
+    torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
+    atomic_write(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
-    The label of a study is the one in SPLIT_labeled_studies.csv, else that of its name (_positive, _negative); where
-    SPLIT_image_paths.csv lists any, only the images in it count.
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+    """Return the content of a file of this program: "model" (STEM.pth) or "state" (STEM.last.pth).
 
     Raises:
-        UserError: no such folder, no image in it, an unknown body part, a list that cannot be read.
+        UserError: missing, damaged, holding a number that is not finite, or something else.
     """
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {root} must hold {split}/XR_*/patient*/study*/image*.png")
-    listed = read_list(root / f"{split}_image_paths.csv", split)
-    labels = read_list(root / f"{split}_labeled_studies.csv", split)
-    parts = choose_parts([name for name in subfolders(folder) if name.startswith("XR_")], tasks)
-    views: list[View] = []
-    unlisted = unlabelled = conflicts = 0
-    for part, patient, study in walk_studies(folder, parts):
-        key = f"{part}/{patient}/{study}"
-        named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower())
-        label = labels.get(key, named)
-        if label is None:
-            unlabelled += 1
-            continue
-        conflicts += named not in (None, label)
-        place = f"{folder}/{key}"
-        found = [View(f"{place}/{name}", part, patient, key, int(label)) for name in image_names(place)]
-        kept = [view for view in found if not listed or view.name in listed]
-        unlisted += len(found) - len(kept)
-        views += kept
-    absent = sorted({name for name in listed if name.partition("/")[0] in parts} - {view.name for view in views})
-    counts = {
-        f"{unlisted} images are not in {split}_image_paths.csv and are left out": unlisted,
-        f"{unlabelled} studies have no label (no _positive or _negative, not in the list) and are left out": unlabelled,
-        f"{conflicts} studies are named otherwise than {split}_labeled_studies.csv says; the list counts": conflicts,
-        f"{len(absent)} images of {split}_image_paths.csv are missing, such as {''.join(absent[:1])}": len(absent),
-    }
-    notes = [text for text, count in counts.items() if count]
-    if not views:
-        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
-        raise UserError(f"{folder}: no images found; {reason}")
-    return Index(split, tuple(views), tuple(f"{folder}: {text}" for text in notes))
+    content = read_weights(path, "--checkpoint wants the .pth file that training wrote")
+    if content.get("format") != PROGRAM or content.get("kind") != kind:
+        wanted = "a model (STEM.pth)" if kind == "model" else "a saved state (STEM.last.pth)"
+        raise UserError(f"{path}: is not {wanted} of this program")
+    return content
 
 
-def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (part, patient, study) folder names below `folder`, in natural order."""
-    for part in parts:
-        for patient in subfolders(folder / part):
-            for study in subfolders(f"{folder}/{part}/{patient}"):  # text: with thousands of patients, joining Paths shows
-                yield part, patient, study
-
-
-def digest_of(text: str) -> str:
-    """Give the SHA-256 of a text, hexadecimal; names of files in it may be any bytes, and the locale does not count."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def describe(name: str, views: Sequence[View]) -> str:
-    """Count images, studies and patients of each body part and class, a line each."""
-    lines = [f"{name:<6}{'part':<14}{'images':>8}{'(abn.)':>8}{'studies':>9}{'(abn.)':>8}{'patients':>10}{'(abn.)':>8}"]
-    parts = sorted({view.part for view in views})
-    for part in [*parts, "all"] if len(parts) > 1 else parts:
-        rows = [view for view in views if part in (view.part, "all")]
-        studies = {view.study: view.label for view in rows}
-        patients, ill = {view.patient for view in rows}, {view.patient for view in rows if view.label}
-        images = f"{len(rows):>8}{sum(view.label for view in rows):>8}"
-        lines.append(f"{'':<6}{part:<14}{images}{len(studies):>9}{sum(studies.values()):>8}{len(patients):>10}{len(ill):>8}")
-    return "\n".join(lines)
-
-
-# ===== 3 split and class weights =====================================================================================
-
-
-def split_patients(views: Sequence[View], share: float, seed: int) -> tuple[list[View], list[View]]:
-    """Split by patient, across body parts, into (train, val).
-
-    A patient's rank follows from seed and name alone, so the order of the files does not matter, and a new patient
-    moves at most one other. Patients with and without an abnormal study are split separately; where there are two of
-    a kind or more, each side gets one.
+def read_weights(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the dict in a .pth or .safetensors file; never runs code from it.
 
     Raises:
-        UserError: there are too few patients of either kind.
+        UserError: missing, damaged, unsafe, or not a dict; `remedy` says what is wanted.
     """
-    everyone, abnormal = {view.patient for view in views}, {view.patient for view in views if view.label}
-    val: set[str] = set()
-    for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: digest_of(f"{seed}/{name}"))
-        val.update(names[:-1][: max(1, round(share * len(names)))])  # the last one stays in train
-    if not val:
-        raise UserError(f"--val-split {share:g}: {len(everyone)} patients cannot be split; use more patients or another share")
-    return [view for view in views if view.patient not in val], [view for view in views if view.patient in val]
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, remedy)
+    try:
+        if not path.is_file():  # before opening: a FIFO or a device would be read for ever
+            raise FileNotFoundError(None, "not a file" if path.exists() else "no such file")
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                check_archive(file)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds other things than tensors and plain values, or is no file "
+                        f"of weights; {remedy}") from error
+    except Exception as error:  # zip, key, type and runtime errors: torch.load documents none
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{path}: is damaged or no file of weights ({reason}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name; {remedy}")
+    return content
 
 
-def class_weights(views: Sequence[View]) -> dict[str, tuple[float, float]]:
-    """Give each body part's loss weights (w0, w1) of normal and abnormal images (arXiv 1712.06957, section 3.1).
-
-    w1 = |N| / (|A| + |N|) and w0 = |A| / (|A| + |N|), with A and N the part's abnormal and normal training images.
-
-    Raises:
-        UserError: the images are all of one class.
-    """
-    for label, name in enumerate(CLASSES):
-        if label not in {view.label for view in views}:
-            raise UserError(f"the training images hold none that is {name}; training needs both classes")
-    totals = Counter(view.part for view in views)
-    counts = Counter((view.part, view.label) for view in views)
-    return {part: (counts[part, 1] / total, counts[part, 0] / total) for part, total in totals.items()}
+def check_archive(file: IO[bytes]) -> None:
+    """Verify the checksums of a zip archive, which torch.load does not; ValueError where wrong."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed, which torch.save never does")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-# ===== 4 decoding, cache, MuraDataset ================================================================================
+def read_safetensors(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the tensors of a .safetensors file; errors as of `read_weights`."""
+    try:
+        from safetensors.torch import load_file
 
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # Pillow tries no other: EPS would start Ghostscript
-MAX_PIXELS = 100_000_000  # a 43 x 43 cm detector at 100 um has 18 million; the header is judged before decoding
-MAX_BYTES = 1 << 30  # holds MAX_PIXELS of 16-bit RGBA
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of X-ray detectors
-MIN_CONTRAST = 8  # grey levels between the 0.5th and 99.5th percentile: below, nothing was imaged
-MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B), 0 to 255: a small coloured mark stays far below
+        return dict(load_file(path))
+    except ImportError as error:
+        raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
+    except Exception as error:  # its own error type, and those of files
+        raise UserError(f"{path}: is damaged or no file of weights; {remedy}") from error
 
-# Decoders warn on stderr and may quote file contents (with DICOM, a patient's data); what matters becomes BadImage.
-# Set once for the process: warnings.catch_warnings is not thread-safe, and images are decoded in threads.
+
+# ===== 3 decoding =================================================================================
+# What is read how, and by which source, stands in tests/DECODING.md.
+
+IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start Ghostscript
+    # DICOM: with preamble, or from its first tag on
+    rb"(?s)(?P<DICOM>.{128}DICM|[\x02\x08\x10\x18\x20\x28]\0.\0(?:[A-Z]{2}|.\0\0\0))"
+    rb"|(?P<PNG>\x89PNG\r\n\x1a\n)"
+    rb"|(?P<JPEG>\xff\xd8\xff)"
+    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])"
+    rb"|(?P<GIF>GIF8[79]a)"
+    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
+    rb"|(?P<WEBP>RIFF.{4}WEBP)"
+)
+HEAD_BYTES = 65_536  # holds the first bytes of every format and the file meta of DICOM
+MAX_BYTES = 1 << 29  # holds MAX_PIXELS of 16-bit RGBA
+MAX_PIXELS = 36_000_000  # 60 x 60 cm at 100 um: a gigabyte of memory; judged by the header
+OUTLIERS = 1000  # one pixel of so many may be darker than black, and one brighter than white
+MIN_CONTRAST = 8  # grey levels from the 0.5th to the 99.5th percentile: below, nothing was imaged
+MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B): a small coloured mark stays below
+JPEG_END = b"\xff\xd9"
+PNG_CHUNKS = b"IHDR PLTE tRNS IDAT".split()  # on which pixels depend
+JPEG_SIZE = re.compile(  # T.81 SOF, T.800 SIZ
+    rb"(?s)\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\x02-\x10](..)(..)"
+    rb"|\xff\x4f\xff\x51.{4}(.{4})(.{4})"
+)
+JPEG_SCAN = re.compile(rb"(?s)(\xff\xda\0(?:\x08\x01..|\x0c\x03.{6}))\0\0\0")  # T.81 SOS
+
+OPTIONAL = contextlib.suppress(Exception)  # what is absent or not understood is left out
+
+# Decoders warn on stderr and may quote a file, so also a patient's data; errors become BadImage.
+# Set once for the process: warnings.catch_warnings is not thread-safe, and threads decode.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom|pylibjpeg|openjpeg|libjpeg)\b")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", message=r"Glyph \d+")  # matplotlib draws a box for what its font lacks in a file's name
+with OPTIONAL:  # where libtiff is hidden in Pillow: Windows
+    libtiff = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
+    libtiff.TIFFSetWarningHandler(None)
+    libtiff.TIFFSetErrorHandler(None)
+
+Values = npt.NDArray[Any]
+Grey = npt.NDArray[np.uint8]  # 0 black to 255 white
 
 
 class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised)
     """An image that cannot be used; the text is the reason, to which the caller adds the path."""
 
 
-def read_radiograph(path: Path) -> np.ndarray:
-    """Decode one image file into grey, (H, W) uint8; see `to_8_bit` for deep pixels.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says about itself; width and height in pixels, 0 if not understood."""
+
+    format: str
+    width: int = 0
+    height: int = 0
+    study_uid: str = ""
+    body_part: str = ""
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One decoded image and what its file says about it."""
+
+    pixels: Grey  # (H, W)
+    body_part: str = ""  # DICOM BodyPartExamined
+    study_uid: str = ""  # DICOM StudyInstanceUID
+    warnings: tuple[str, ...] = ()  # short clauses
+    chroma: float = 0.0  # mean of max(R, G, B) - min(R, G, B), 0 to 255
+
+
+def read_header(path: Path) -> ImageHeader | None:
+    """Return what the first bytes of an image file say, or None if they are of no image.
+
+    The content decides, never the name. Pixels are not decoded, and nothing is raised.
+    """
+    kind = ""
+    with OPTIONAL:  # damaged or not supported: decoding says so
+        if not path.is_file():  # opening a FIFO would wait for its writer for ever
+            return None
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            if not (found := IMAGE_FORMATS.match(head)):
+                return None
+            kind = found.lastgroup or ""
+            if kind == "DICOM":
+                header = _read_dicom(file, head, stop_before_pixels=True)
+                if "Rows" not in header:  # DICOMDIR, a report, ...
+                    return None
+                study, part = header.get("StudyInstanceUID", ""), header.get("BodyPartExamined", "")
+                return ImageHeader(kind, header.Columns, header.Rows, str(study), str(part))
+            return ImageHeader(kind, *Image.open(file, formats=(kind,)).size)
+    return ImageHeader(kind) if kind else None
+
+
+def read_radiograph(path: Path) -> Radiograph:
+    """Decode one image file into grey.
 
     Raises:
-        BadImage: why the file cannot be used: missing, no file, damaged, too large, several frames, ...
+        BadImage: why the file cannot be used: missing, damaged, too large, not supported, ...
     """
     data = _read_bytes(path)
-    is_dicom = data[128:132] == b"DICM" or path.suffix.lower() == ".dcm"
+    found = IMAGE_FORMATS.match(data)
+    if not found:
+        raise BadImage("not an image of a known kind")
+    kind = found.lastgroup or ""
     try:
-        with np.errstate(all="ignore"):  # the results are checked
-            return np.ascontiguousarray(_decode_dicom(data) if is_dicom else _decode_picture(data))
+        return _decode_dicom(data) if kind == "DICOM" else _decode_picture(data, kind)
     except BadImage:
         raise
-    except MemoryError as error:
-        raise BadImage("needs more memory than there is") from error
-    except Exception as error:  # on damaged bytes the decoders raise a dozen kinds; their texts may quote the file
-        raise BadImage("damaged, cut short or of an unsupported kind") from error
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels, or than memory") from error
+    except Exception as error:  # decoders raise a dozen kinds, whose texts may quote the file
+        raise BadImage(f"damaged, cut short or a {kind} that is not supported") from error
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        status = path.stat()  # before opening: a FIFO would wait for its writer for ever
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise BadImage("a folder, not an image" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+            is_folder = stat.S_ISDIR(status.st_mode)
+            raise BadImage("a folder, not an image" if is_folder else "not a regular file")
         if not 0 < status.st_size <= MAX_BYTES:
-            raise BadImage(f"larger than {MAX_BYTES >> 20} MiB" if status.st_size else "empty (0 bytes)")
+            raise BadImage("larger than 512 MiB" if status.st_size else "empty (0 bytes)")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadImage(str(getattr(error, "strerror", None) or "cannot be read").lower()) from error
 
 
-def _check_size(width: int, height: int, frames: int) -> None:
-    if frames > 1:
-        raise BadImage("several frames in one file: save the wanted one by itself")
+def _check_size(width: int, height: int, frames: int = 1) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels")
+    if frames > 1:
+        raise BadImage("several frames in one file: save the wanted one by itself")
 
 
-def _open_picture(data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image of a known kind, or its header is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels") from error
-    # MPO is a camera's JPEG with previews of the same picture behind it
-    _check_size(*image.size, frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1))
-    return image
-
-
-def _decode_picture(data: bytes) -> np.ndarray:
-    image = _open_picture(data)
-    deep_colour = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))
-    if image.format == "PNG":
-        _load_png(image, data)
-    grey = _to_grey(image)
-    if deep_colour and grey.max() < 64:  # Pillow keeps the upper 8 bits only: 12-bit values would come out black
-        raise BadImage("16-bit colour that does not use its range: save it as 16-bit grey")
-    orientation = 1
-    with contextlib.suppress(Exception):  # a damaged EXIF block does not spoil the pixels
-        orientation = image.getexif().get(0x0112, 1)
-    if orientation in (5, 6, 7, 8):  # TIFF 6.0, tag 274
-        grey = grey.T
-    if orientation in (3, 4, 7, 8):
-        grey = grey[::-1]
-    return grey[:, ::-1] if orientation in (2, 3, 6, 7) else grey
-
-
-def _load_png(image: Image.Image, data: bytes) -> None:
-    """Decode with the two checks that loading omits: the checksums, and that every row is there."""
-    try:
-        _open_picture(data).verify()
-    except SyntaxError as error:
-        raise BadImage("damaged or cut short: a checksum is wrong") from error
-    bands = len(image.getbands())
-    image.im = Image.new(image.mode, image.size, (1,) * bands if bands > 1 else 1).im  # missing rows stay 1, not 0
-    image.load()
-    last = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))  # two rows, for interlaced files
-    if any((row == 1).all() for row in last) and (np.asarray(_open_picture(data)) != np.asarray(image)).any():
+def _decode_picture(data: bytes, kind: str) -> Radiograph:
+    """Decode what Pillow reads."""
+    if kind == "PNG":
+        data = _pixel_chunks(data)
+    image = _open_picture(data, kind)
+    is_animated = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: previews
+    if kind == "TIFF":
+        is_animated = _check_tiff(image)
+    _check_size(image.width, image.height, 1 + is_animated)
+    is_deep = ";16" in str(image.tile)
+    other = None
+    if kind == "PNG":  # Pillow accepts a stream that ends early
+        image.im = Image.new(image.mode, image.size, 1).im
+        last_rows = np.asarray(image)[-2:]  # missing ones stay 1; 2, as the file may be interlaced
+        if (last_rows == 1).all(axis=1).any():
+            other = _open_picture(data, kind)  # here they are 0
+    if kind == "JPEG" and JPEG_END not in data[-32:]:
+        data = data.rstrip(b"\xff")
+        image = _open_picture(data + JPEG_END, kind)
+        other = _open_picture(data + b"\xfe\xfe\xfe\xfe" + JPEG_END, kind)
+    if other and (np.asarray(image) != np.asarray(other)).any():
         raise BadImage("cut short: rows are missing")
+    image.load()
+    with OPTIONAL:  # a damaged EXIF block does not spoil the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    grey, chroma = _to_grey(image)
+    if is_deep and grey.max() < 64:  # Pillow cuts colour to 8 bits: 12-bit values would be black
+        raise BadImage("16-bit values that do not use their range: save it as 16-bit grey")
+    return Radiograph(grey, chroma=chroma)
 
 
-def _to_grey(image: Image.Image) -> np.ndarray:
-    if image.mode[0] in "IF":  # I;16, I;16B, I, F
-        pixels = np.array(image)
-        if "transparency" in image.info:
-            pixels[pixels == image.info["transparency"]] = 0
-        white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
-        return np.bitwise_not(to_8_bit(pixels)) if white_is_zero else to_8_bit(pixels)  # Pillow inverts up to 8 bits
-    if not image.has_transparency_data:
-        return np.array(image if image.mode == "L" else image.convert("RGB").convert("L"))
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    if alpha.getextrema() == (0, 0):
-        raise BadImage("wholly transparent")
-    return np.array(Image.composite(image.convert("L"), Image.new("L", image.size), alpha))
+def _open_picture(data: bytes, kind: str) -> Any:
+    return Image.open(io.BytesIO(data), formats=(kind,))
 
 
-def to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Reduce deep grey to uint8: white is the largest value of the smallest BIT_DEPTHS that holds the maximum.
+def _pixel_chunks(data: bytes) -> bytes:
+    """Return a PNG file without the chunks that no pixel needs: their damage does no harm."""
+    kept, rest = bytearray(data[:8]), memoryview(data)[8:]
+    while rest:
+        length = 12 + int.from_bytes(rest[:4])
+        chunk, rest = rest[:length], rest[length:]
+        if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
+            if chunk[4:8] in (*PNG_CHUNKS, b"acTL", b"eXIf"):
+                kept += chunk
+        elif chunk[4:8] in PNG_CHUNKS:
+            raise BadImage("damaged or cut short: a checksum is wrong")
+    return bytes(kept) + b"\0\0\0\0IEND\xaeB`\x82"
 
-    So a detector's zero and full scale stay put and the views of a study stay comparable; stretched between its own
-    extremes, an image with one bright marker would darken the bone. Floats up to 1 have their white at 1. Negative or
-    larger values have no usual scale: there the extremes are black and white.
 
-    >>> to_8_bit(np.array([[0, 2048, 4095]])).tolist(), to_8_bit(np.array([[0, 257, 65535]])).tolist()
-    ([[0, 128, 255]], [[0, 1, 255]])
+def _check_tiff(image: Any) -> bool:
+    """Tell whether a TIFF file has further images, other than overviews and masks of its first.
+
+    Raises:
+        BadImage: Pillow decodes it otherwise than its tags say.
     """
-    low, high = float(pixels.min()), float(pixels.max())
-    if 0 <= low <= high < 2 ** BIT_DEPTHS[-1]:
-        is_unit = pixels.dtype.kind == "f" and high <= 1
-        low, high = 0, 1 if is_unit else next(2**bits - 1 for bits in BIT_DEPTHS if high < 2**bits)
-    return _scale(pixels, low, high)
+    tags = image.tag_v2
+    _check_size(tags.get(322, 1), tags.get(323, 1))  # of a tile
+    bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284)
+    if (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
+        raise BadImage(f"{bits}-bit TIFF (SampleFormat {sample}, planes {planes}) is not supported")
+    with OPTIONAL:
+        for index in range(1, 16):  # one image has fewer overviews
+            image.seek(index)
+            if not image.tag_v2.get(254, 0) & 5:
+                return True
+    image.seek(0)
+    return False
 
 
-def _scale(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    if not np.isfinite([values.min(), values.max()]).all():
+def _to_grey(image: Image.Image) -> tuple[Grey, float]:
+    """Return grey and the mean chroma."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode[0] in "IF":  # I;16, I;16B, I, F
+        values = np.array(image)
+        values[values == image.info.get("transparency", np.nan)] = 0
+        grey = _scale(values, *_robust_range(values))
+        return ~grey if tags.get(262) == 0 else grey, 0.0  # white is zero
+    if image.mode == "L" and not image.has_transparency_data:
+        return np.array(image), 0.0
+    if max(tags.get(320, (256,))) < 256:  # TIFF 6.0 has palettes of 0 to 65535
+        image.putpalette(bytes(tags[320]), "RGB;L")
+    colour = image.convert("RGB")
+    if image.has_transparency_data:  # lies on black
+        *colours, alpha = image.convert("RGBA").convert("RGBa").split()
+        if not alpha.getbbox():
+            raise BadImage("wholly transparent")
+        colour = Image.merge("RGB", colours)
+    chroma = np.ptp(np.asarray(colour)[::16, ::16], axis=2).mean()
+    return np.array(colour.convert("L")), chroma
+
+
+def _robust_range(values: Values) -> Values:
+    """Return black and white for grey of any depth, (2,), where the file has no window.
+
+    One pixel in a thousand is below black, one above white; of less than a thousand pixels, the
+    extremes are black and white. So they follow the anatomy without a jump, and neither hot pixels
+    nor the bits that hold the values set them: views by one detector stay comparable.
+
+    >>> _robust_range(np.array([[7, 1000, 4095]])).tolist()
+    [7, 4095]
+    """
+    if not np.isfinite(values).all():
         raise BadImage("holds values that are not finite")
-    shown = (values.astype(np.float32) - np.float32(black)) * np.float32(255 / max(white - black, 1e-20))
-    return np.asarray(np.clip(np.rint(shown), 0, 255), np.uint8)
+    sample = values.ravel()[:: values.size // 1_000_000 + 1]
+    ranks = [sample.size // OUTLIERS, -1 - sample.size // OUTLIERS]
+    return np.partition(sample, ranks)[ranks]
 
 
-def _decode_dicom(data: bytes) -> np.ndarray:
+def _scale(values: Values, black: float, white: float) -> Grey:
+    span = float(white) - float(black) or 1.0
+    shown = (values.astype(np.float32) - float(black)) * (255 / span) + 0.5
+    return shown.clip(0, 255).astype(np.uint8)
+
+
+def _read_dicom(file: IO[bytes], head: bytes, **options: Any) -> Dataset:
     try:
         import pydicom
-        from pydicom.pixels.decoders.base import get_decoder
     except ImportError as error:
-        raise BadImage("DICOM needs the optional package pydicom: pip install 'pydicom>=3'") from error
-    if b"1.2.840.10008.1.2.1.99" in data[:1024]:  # would be unpacked whole, whatever its size
+        raise BadImage("DICOM needs an optional package: pip install 'pydicom>=3'") from error
+    if b"1.2.840.10008.1.2.1.99" in head:  # unpacked whole by pydicom, whatever its size
         raise BadImage("deflated DICOM is not supported: save it uncompressed")
-    try:
-        header = pydicom.dcmread(io.BytesIO(data))
-    except pydicom.errors.InvalidDicomError as error:
-        raise BadImage("not a DICOM file, or its header is damaged") from error
+    return pydicom.dcmread(file, force=True, **options)
+
+
+def _decode_dicom(data: bytes) -> Radiograph:
+    header = _read_dicom(io.BytesIO(data), data[:HEAD_BYTES])
     if "PixelData" not in header:
-        raise BadImage("a DICOM file without an image")
-    _check_size(header.Columns, header.Rows, int(header.get("NumberOfFrames") or 1))
-    if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise BadImage("colour DICOM: a radiograph is grey")
-    syntax = header.file_meta.TransferSyntaxUID
-    stream = header.PixelData.find(b"\xff\x4f\xff\x51")  # JPEG 2000 repeats the size, and its decoder believes that one
-    if stream >= 0 and syntax.is_compressed:
-        width, height = struct.unpack_from(">II", header.PixelData, stream + 8)
-        _check_size(width, height, frames=1)
-    if syntax.is_compressed and not get_decoder(syntax).is_available:
-        decoder = "pylibjpeg-openjpeg" if "JPEG 2000" in syntax.name else "pylibjpeg-libjpeg"
-        raise BadImage(f"this compressed DICOM needs a decoder: pip install pylibjpeg {decoder}")
-    grey = _to_display(header.pixel_array.astype(np.float32), header)
-    return np.bitwise_not(grey) if header.PhotometricInterpretation == "MONOCHROME1" else grey
-
-
-def _to_display(values: np.ndarray, header: Dataset) -> np.ndarray:
-    """Stored values -> modality -> values of interest, as uint8 (DICOM PS3.3, C.11.1 and C.11.2)."""
-    if header.get("ModalityLUTSequence"):
-        values, *_ = _look_up(values, header.ModalityLUTSequence[0])
+        raise BadImage("a DICOM file without an image, or its header is damaged")
+    _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
+    bits = header.BitsStored
+    header.BitsStored = max(bits, header.get("HighBit", 0) + 1)  # pydicom clears what is above
+    stored = _dicom_pixels(header)
+    if stored.ndim == 3:
+        grey, chroma = _to_grey(Image.fromarray(stored))
     else:
-        values = values * float(header.get("RescaleSlope") or 1) + float(header.get("RescaleIntercept") or 0)
-    grey = np.zeros_like(values, np.uint8)
-    keys = ("WindowCenter", "WindowWidth")
-    window = [float(np.ravel(header[key].value)[0]) for key in keys if key in header and header[key].VM]
-    if header.get("VOILUTSequence"):
-        grey = _scale(*_look_up(values, header.VOILUTSequence[0]))
-    elif len(window) == 2 and window[1] > 0:
-        centre, width = window
-        if header.get("VOILUTFunction") == "SIGMOID":
-            grey = _scale(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
-        else:
-            if header.get("VOILUTFunction") != "LINEAR_EXACT" and width >= 1:
-                centre, width = centre - 0.5, width - 1  # LINEAR: C.11.2.1.2.1
-            grey = _scale(values, centre - width / 2, centre + width / 2)
-    # no window, or one that misses every pixel: the extremes become black and white
-    return grey if np.ptp(grey) else _scale(values, float(values.min()), float(values.max()))
+        grey, chroma = _dicom_grey(header, stored, bits), 0.0
+    if chroma > MAX_CHROMA or header.PhotometricInterpretation == "PALETTE COLOR":
+        raise BadImage("colour DICOM: a radiograph is grey")
+    if grey.shape != (header.Rows, header.Columns):
+        raise BadImage("its pixels are not Rows x Columns")
+    study, part = header.get("StudyInstanceUID", ""), header.get("BodyPartExamined", "")
+    return Radiograph(grey, str(part), str(study), _dicom_warnings(header), chroma)
 
 
-def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, float, float]:
-    """Pass values through a DICOM table; also its black and white."""
-    count, first, bits = item.LUTDescriptor
-    table = item.LUTData
-    if isinstance(table, bytes):
-        table = np.frombuffer(table, np.uint8 if len(table) < 2 * (count or 1 << 16) else np.dtype("<u2"))
-    table = np.asarray(table, np.float32)
-    return table[np.clip(values - first, 0, len(table) - 1).astype(np.intp)], 0, 2**bits - 1
+def _dicom_pixels(header: Dataset) -> Values:
+    """Return the stored values of the first frame, (Rows, Columns) or (Rows, Columns, 3)."""
+    from pydicom.pixels.utils import pixel_array
+
+    syntax = header.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1").value
+    if "JPEG" in syntax.name and (size := JPEG_SIZE.search(header.PixelData)):
+        _check_size(*(int.from_bytes(side) for side in size.groups() if side))  # it is believed
+    if syntax.endswith(".4.51"):  # sequential JPEG has coefficients 0 to 63
+        header.PixelData = JPEG_SCAN.sub(b"\\1\0\x3f\0", header.PixelData)
+    try:
+        return pixel_array(header, index=0)
+    except RuntimeError as error:
+        raise BadImage(
+            f"{syntax.name}: damaged, or its decoder is missing: "
+            "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+        ) from error
 
 
-def letterbox_box(height: int, width: int, size: int, fit: str) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom of an image's content inside the square of `size` pixels.
+def _dicom_grey(header: Dataset, stored: Values, bits: int) -> Grey:
+    """Stored values -> modality -> values of interest -> grey (DICOM PS3.3 C.11.1 and C.11.2).
 
-    >>> letterbox_box(100, 50, 320, "letterbox"), letterbox_box(100, 50, 320, "stretch")
-    ((80, 0, 240, 320), (0, 0, 320, 320))
+    All of it happens to a table of the values that a pixel can have.
     """
-    if fit == "stretch":
-        return 0, 0, size, size
-    wide, high = (max(1, round(side * size / max(height, width))) for side in (width, height))
-    left, top = (size - wide) // 2, (size - high) // 2
-    return left, top, left + wide, top + high
+    if stored.itemsize > 2:
+        raise BadImage("DICOM of more than 16 bits is not supported")
+    codes = stored.astype(np.uint16)
+    levels = np.arange(65_536).astype(stored.dtype).astype(int)
+    is_padding = np.zeros(65_536, bool)
+    with OPTIONAL:  # absent, or not understood; its sign is often confused, and it may be cleared
+        first = header.PixelPaddingValue
+        low, high = sorted([first, header.get("PixelPaddingRangeLimit", first)])
+        is_padding = (levels - low) % (1 << header.BitsStored) <= high - low
+    black, white = _robust_range(stored[~is_padding[codes]]).astype(np.uint16)
+    if levels[white] >= 1 << bits:  # else nothing is shifted, whatever HighBit says
+        levels >>= header.BitsStored - bits
+    elif bits <= 8 and not header.PixelRepresentation:
+        black, white = 0, (1 << bits) - 1  # shown as stored
+    values, shown = _display(header, levels)
+    if shown is None or shown[black] == shown[white]:  # no window, or one beside every pixel
+        shown = _scale(values, *sorted(values[[black, white]]))
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        shown = ~shown
+    shown[is_padding] = 0
+    return shown[codes]
 
 
-def fit_square(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """Scale (H, W) uint8 to (size, size) uint8, antialiased.
+def _display(header: Dataset, values: Values) -> tuple[Values, Grey | None]:
+    """Return values after the modality, and grey as the VOI table or window says, if there is one.
 
-    `fit` is "stretch" (the paper: scaled to 320 x 320) or "letterbox" (aspect kept, centred, black around it).
+    What pydicom does not understand is left out.
     """
-    left, top, right, bottom = letterbox_box(pixels.shape[0], pixels.shape[1], size, fit)
-    # Pillow widens the bilinear filter with the reduction; the gap lets very large images be averaged in blocks first
-    content = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    square = np.zeros((size, size), np.uint8)
-    square[top:bottom, left:right] = np.asarray(content)
-    return square
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+    for keyword in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
+        with OPTIONAL:  # absent, or no text
+            text = header.get_item(keyword).value.decode()
+            setattr(header, keyword, text.replace(",", "."))
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        with OPTIONAL:  # pydicom has no tables of 12 bits, and wraps the index of those of 8
+            header[keyword][0].LUTDescriptor[2] = 16
+    with OPTIONAL:
+        values = apply_modality_lut(values, header)
+    for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
+        header.pop(keyword, None)
+    header.BitsStored, header.PixelRepresentation = 8, 0  # the range of windowed values
+    with OPTIONAL:
+        shown = apply_voi_lut(values, header)
+        if shown is not values:  # a table may declare more bits than it has
+            return values, _scale(shown, 0, shown.max() if shown.dtype.kind == "u" else 255)
+    return values, None
 
 
-def unlike_radiograph(path: Path, pixels: np.ndarray) -> str | None:
-    """Say in a few words why an image is hardly a radiograph, or None; `pixels` as `read_radiograph` gave them.
+def _dicom_warnings(header: Dataset) -> tuple[str, ...]:
+    polarity = header.PhotometricInterpretation, header.get("PresentationLUTShape")
+    if header.get("PresentationIntentType") == "FOR PROCESSING":
+        return ("FOR PROCESSING: raw exposure, perhaps a negative",)
+    if polarity in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
+        return ("PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative",)
+    return ()
 
-    A drawing or screenshot is mostly flat and its steps are hard; noise and soft tissue keep radiographs from that,
-    however wide their black borders.
+
+def unlike_radiograph(radiograph: Radiograph) -> str | None:
+    """Return in a few words why an image is hardly a radiograph, or None.
+
+    A drawing or screenshot is mostly flat and its steps are hard; noise and soft tissue keep
+    radiographs from that, however wide their black borders.
     """
-    dark, bright = np.percentile(pixels, (0.5, 99.5))
+    dark, bright = np.percentile(radiograph.pixels, (0.5, 99.5))
     if bright - dark < MIN_CONTRAST:
         return "blank"
-    if _mean_chroma(path) > MAX_CHROMA:
+    if radiograph.chroma > MAX_CHROMA:
         return "strongly coloured"
-    steps = np.abs(np.diff(pixels.astype(np.int16), axis=1))
-    changes = steps[steps > 0]
-    if changes.size < steps.size / 2 and (changes > 32).sum() > changes.size / 4:
+    steps = np.abs(np.diff(radiograph.pixels.astype(np.int16), axis=1))
+    changing = (steps > 0).sum()
+    if changing < steps.size / 2 and (steps > 32).sum() > changing / 4:
         return "screenshot-like: flat areas and hard edges"
     return None
+# ===== 4 data set =================================================================================
 
-
-def _mean_chroma(path: Path) -> float:
-    try:
-        image = _open_picture(_read_bytes(path))
-        if image.mode in ("1", "L", "LA") or image.mode[0] in "IF":
-            return 0.0
-        small = image.convert("RGBA").resize((256, 256), Image.Resampling.NEAREST)
-    except Exception:  # DICOM, where colour is refused already
-        return 0.0
-    pixels = np.asarray(small, np.float32)
-    return float(np.mean(np.ptp(pixels[..., :3], axis=2) * pixels[..., 3] / 255))
-
-
-Item = TypeVar("Item")
-Done = TypeVar("Done")
-PREPROCESSING_VERSION = 2  # raise it when decoding, resizing or shards change: caches made before are then not used
-BAD_SHARE = 0.01  # of all images: more unreadable ones than this stop a run, unless it was told to skip them
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
+CACHE_VERSION = 3  # raise it when decoding or resizing changes: older caches are then not used
+BAD_FRACTION = 0.01  # more unreadable images than this stop a run, unless told to skip them
+LABEL_WORDS = {"0": 0, "normal": 0, "negative": 0, "1": 1, "abnormal": 1, "positive": 1}
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The decoded images of one body part of one split: FILE.npy, an array (n, S, S) uint8, and FILE.json beside it."""
+class ImageRecord:
+    """One labelled image of a data set."""
 
-    file: Path  # the .npy
-    names: list[str]  # which images these are, in the order of the rows
-    checksums: np.ndarray  # (n,) crc32 of each row
-    bad: dict[str, str]  # name -> why, of the images that could not be decoded; their rows are black
-
-
-def shard_file(folder: Path, views: Sequence[View], size: int, fit: str) -> Path:
-    """Name the cache file of some images after all that decides its content: preprocessing, names, sizes, times of change."""
-    key = [f"{PREPROCESSING_VERSION}|{size}|{fit}"]
-    for view in views:
-        state = "absent"
-        with contextlib.suppress(OSError):
-            status = os.stat(view.file)  # noqa: PTH116
-            state = f"{status.st_size}|{status.st_mtime_ns}"
-        key.append(f"{view.name}|{state}\n")
-    return folder / f"{views[0].part}-{size}-{fit}-{digest_of(''.join(key))[:20]}.npy"
+    path: str  # text: of 40,000 Paths, making alone would take half a second
+    name: str  # the path below train/ or valid/ with forward slashes, or as --labels has it
+    body_part: str  # XR_ELBOW, ...
+    patient: str  # patient00011, ...: the same name in two body parts is taken for one patient
+    study: str  # XR_ELBOW/patient00011/study1_negative, ...
+    label: int  # 0 normal, 1 abnormal
 
 
-def array_header(count: int, size: int) -> bytes:
-    """Make the .npy header of a (count, size, size) uint8 array."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)})
-    return header.getvalue()
+@dataclass(frozen=True)
+class Scan:
+    """The images of one split, and what was noticed while looking for them (one line each)."""
+
+    split: str  # train, valid, or the file of --labels
+    folder: Path  # what the images' names start from
+    records: tuple[ImageRecord, ...]
+    notes: tuple[str, ...]
+    is_mura: bool = False  # the folder holds MURA's own lists
 
 
-def json_digest(content: object) -> str:
-    """Compute the sha256 of what JSON can hold."""
-    return digest_of(json.dumps(content))
+def find_data_root(folder: Path) -> Path:
+    """Return the folder that holds train/ or valid/: `folder`, or up to two levels below it.
+
+    Raises:
+        UserError: the folder is missing, or nothing like MURA is in it.
+    """
+    wanted = "--data-dir wants the unpacked MURA-v1.1"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {wanted}")
+    children = [folder / name for name in subfolders(folder) if name[0] != "_"]  # no __MACOSX
+    grandchildren = [child / name for child in children for name in subfolders(child)]
+    for candidate in (folder, *children, *grandchildren):
+        if os.path.isdir(candidate / "train") or os.path.isdir(candidate / "valid"):
+            return candidate
+    raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; {wanted}")
 
 
-def open_shard(file: Path, size: int) -> Shard | None:
-    """Open a shard that is there already; None where it is absent, incomplete or damaged other than in its pixels."""
+def list_folder(folder: Path | str, *, folders: bool) -> list[str]:
+    """Return the names in a folder in natural order, but hidden ones (AppleDouble).
+
+    A folder that may not be read, or a loop of links, is named and skipped.
+
+    Args:
+        folder: the folder.
+        folders: folders are wanted, else files.
+    """
+    names = []
     try:
-        kept = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        sound = kept.pop("sha256") == json_digest(kept)
-        header = array_header(len(kept["names"]), size)
-        with file.open("rb") as array:
-            whole = array.read(len(header)) == header and file.stat().st_size == len(header) + len(kept["names"]) * size**2
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return Shard(file, kept["names"], np.array(kept["crc32"], np.uint32), kept["bad"]) if sound and whole else None
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if entry.name[0] != "."]
+    except OSError as error:
+        warn(f"{folder}: skipped, it cannot be read ({error.strerror})")
+        return []
+    for entry in visible:
+        try:
+            if entry.is_dir() == folders:
+                names.append(entry.name)
+        except OSError as error:
+            warn(f"{entry.path}: skipped ({error.strerror})")
+    return sorted(names, key=natural_key)
 
 
-def decode_square(path: Path, size: int, fit: str) -> np.ndarray | str:
-    """Decode one image to (size, size) uint8, or say why that cannot be done."""
+subfolders = partial(list_folder, folders=True)
+file_names = partial(list_folder, folders=False)
+
+
+@lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts image2 before image10.
+
+    >>> sorted(["image10.png", "image2.png"], key=natural_key)
+    ['image2.png', 'image10.png']
+    """
+    pieces = re.split(r"(\d+)", text)
+    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in pieces]
+
+
+def read_table(path: Path) -> str:
+    """Return the text of a CSV file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8 text.
+    """
     try:
-        return fit_square(read_radiograph(path), size, fit)
-    except BadImage as error:
-        return str(error)
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error}); save it "
+                        "again") from error
 
 
-def map_ahead(function: Callable[[Item], Done], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Done]:
-    """Yield function(item) in order, computed in `workers` threads, at most `ahead` (1 or more) before they are wanted."""
-    waiting: deque[Future[Done]] = deque()
+def read_mura_list(path: Path, split: str) -> dict[str, str]:
+    """Return what follows SPLIT/ in each path of one of MURA's lists, with the label behind it.
+
+    A header line and a pandas index column are passed over. The label is "" in a list of images.
+
+    Raises:
+        UserError: a row is not `.../SPLIT/XR_PART/patient/study/...`, with 0 or 1 in a list of
+            studies.
+    """
+    if not path.is_file():
+        return {}
+    label = r"\s*,\s*([01])" if "labeled_studies" in path.name else "()"
+    row = re.compile(rf'(?:\d*,)?"?(?:[^,]*/)?{split}/([^,"]+/[^,"]+/[^,"]*[^,"/])/*"?{label}')
+    listed: dict[str, str] = {}
+    for number, line in enumerate(read_table(path).splitlines(), 1):
+        text = line.replace("\\", "/").strip()
+        if found := row.fullmatch(text):
+            listed[found[1]] = found[2]
+        elif text.strip(",") and (number > 1 or "/" in text):
+            raise UserError(f"{path}: line {number} is not like MURA's ({line[:60]!r}); restore "
+                            "the file from the archive or delete it")
+    return listed
+
+
+def choose_body_parts(present: Iterable[str], tasks: Sequence[str]) -> list[str]:
+    """Return the body parts that --tasks names, with or without XR_ and in any case.
+
+    Raises:
+        UserError: a task that is not present; the message lists those that are, and the nearest.
+    """
+    names = {part: part.upper().removeprefix("XR_") for part in sorted(present)}
+    known = sorted(set(names.values()))
+    wanted = [task.upper().removeprefix("XR_") for task in tasks] or known
+    for task in wanted:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, 1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            there = ", ".join(known) or "none"
+            raise UserError(f"--tasks {task}: no such body part; present are {there}{hint}")
+    return [part for part, name in names.items() if name in wanted]
+
+
+def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
+    """Return the images of `root/split`: XR_*/patient*/study*/image*.
+
+    The label of a study is the one in SPLIT_labeled_studies.csv, else that of its folder's name
+    (_positive, _negative). Where SPLIT_image_paths.csv lists any, only the images in it count; they
+    are matched without their suffix.
+
+    Raises:
+        UserError: no such folder, no image in it, an unknown body part, a list that is not MURA's.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it must hold XR_*/patient*/study*/image*.png")
+    image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
+    listed = {os.path.splitext(name)[0] for name in read_mura_list(root / image_list, split)}
+    labels = read_mura_list(root / study_list, split)
+    parts = [name for name in subfolders(folder) if name.upper().startswith("XR_")]
+    parts = choose_body_parts(parts, tasks)
+    missing = {name for name in listed if name.partition("/")[0] in parts}
+    records: list[ImageRecord] = []
+    counts: Counter[str] = Counter()
+    for part, patient, study in walk_studies(folder, parts):
+        key = f"{part}/{patient}/{study}"
+        named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
+        label = labels.get(key, named)
+        if named and named != label:
+            counts[f"studies are named otherwise than {study_list} says; the list counts"] += 1
+        if not label:
+            counts[f"studies have no label (neither in their name nor in {study_list}), left "
+                   "out"] += 1
+        for name in file_names(f"{folder}/{key}"):
+            full, bare = f"{key}/{name}", os.path.splitext(f"{key}/{name}")[0]
+            missing.discard(bare)
+            if not name.lower().endswith(IMAGE_SUFFIXES) and not read_header(folder / full):
+                counts["files are no images, left out"] += 1
+            elif listed and bare not in listed:
+                counts[f"images are not in {image_list}, left out"] += 1
+            elif label:
+                path = f"{folder}/{full}"
+                records.append(ImageRecord(path, full, part, patient, key, int(label)))
+    counts[f"images of {image_list} are missing, such as {min(missing, default='')}"] = len(missing)
+    notes = [f"{folder}: {count} {text}" for text, count in counts.items() if count]
+    if not records:
+        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
+        raise UserError(f"{folder}: no images found; {reason}")
+    is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
+    return Scan(split, folder, tuple(records), tuple(notes), is_mura)
+
+
+def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the folder names (body part, patient, study) below `folder`, in natural order."""
+    for part in parts:
+        for patient in subfolders(folder / part):
+            for study in subfolders(f"{folder}/{part}/{patient}"):
+                yield part, patient, study
+
+
+def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
+    """Return the images of a table: path,label and optionally patient,study,body_part,view.
+
+    Args:
+        path: the CSV file, with a header line.
+        folder: what relative paths start from.
+        tasks: body parts to use.
+
+    Raises:
+        UserError: a wrong header, a missing file, an unknown label, two labels for one study; the
+            message names the line.
+    """
+    reader = csv.DictReader(io.StringIO(read_table(path)), restval="", restkey="more")
+    header = [name.strip().lower() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    if not {"path", "label"} <= set(header):
+        raise UserError(f"{path}: line 1 must be a header with path,label and optionally "
+                        "patient,study,body_part,view")
+    records: list[ImageRecord] = []
+    labels: dict[str, int] = {}
+    try:
+        rows = [(f"{path}: line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        where = f"{path}: line {reader.line_num}"
+        raise UserError(f"{where} cannot be read ({error}); save it again") from error
+    for where, row in rows:
+        record = label_record(row, where, folder)
+        if labels.setdefault(record.study, record.label) != record.label:
+            raise UserError(f"{where}: study {record.study} has two labels; correct one of them")
+        records.append(record)
+    parts = choose_body_parts({record.body_part for record in records}, tasks)
+    chosen = tuple(record for record in records if record.body_part in parts)
+    if not chosen:
+        raise UserError(f"{path}: lists no image")
+    notes = [f"{path}: no {name} column: {effect}" for name, effect in (
+        ("patient", "each study is taken for a patient of its own: intervals are too narrow, and "
+         "the split may leak"),
+        ("study", "each image is a study of its own")) if name not in header]
+    return Scan(path.name, folder, chosen, tuple(notes))
+
+
+def label_record(row: Mapping[str, str], where: str, folder: Path) -> ImageRecord:
+    """Return the image of one row of --labels."""
+    cells = {name: str(cell).strip() for name, cell in row.items()}
+    name = cells["path"] if os.name == "nt" else cells["path"].replace("\\", "/")
+    label = LABEL_WORDS.get(cells["label"].lower())
+    if label is None or "more" in cells:
+        raise UserError(f"{where}: label {cells['label']!r} is none of 0, 1, normal, abnormal, or "
+                        "there are more cells than in the header")
+    if not os.path.isfile(folder / name):
+        raise UserError(f"{where}: {folder / name}: no such file; --data-dir says what relative "
+                        "paths start from")
+    study = cells.get("study") or name
+    patient = cells.get("patient") or study
+    key = study if patient == study else f"{patient}/{study}"
+    part = cells.get("body_part") or "all"
+    return ImageRecord(str(folder / name), name, part, patient, key, label)
+
+
+def text_digest(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text; file names in it may hold any bytes."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
+    """Return lines with the images, studies and patients of each body part (and abnormal ones)."""
+    lines = [f"{name:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}  (abnormal)"]
+    parts = sorted({record.body_part for record in records})
+    for part in [*parts, "all"] if len(parts) > 1 else parts:
+        line = f"{'':<8}{part:<14}"
+        for unit in ("path", "study", "patient"):
+            chosen = [record for record in records if part in (record.body_part, "all")]
+            every = len({getattr(record, unit) for record in chosen})
+            abnormal = len({getattr(record, unit) for record in chosen if record.label})
+            line += f"{f'{every} ({abnormal})':>16}"
+        lines.append(line)
+    return lines
+
+
+def split_by_patient(
+    records: Sequence[ImageRecord], fraction: float, seed: int
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Return (train, val), split by patient across body parts.
+
+    A patient's rank follows from seed and name alone, so the order of the files does not matter,
+    and a new patient moves at most one other. Patients with and without an abnormal study are split
+    separately; where there are two of a kind or more, each side gets one.
+
+    Raises:
+        UserError: there are too few patients of either kind.
+    """
+    everyone = {record.patient for record in records}
+    abnormal = {record.patient for record in records if record.label}
+    val: set[str] = set()
+    for kind in (abnormal, everyone - abnormal):
+        names = sorted(kind, key=lambda name: text_digest(f"{seed}/{name}"))
+        count = max(1, round(fraction * len(names)))
+        val.update(names[:-1][:count])  # the last one stays in train
+    if not val:
+        raise UserError(f"--val-split {fraction:g}: {len(everyone)} patients cannot be split; use "
+                        "more patients or another fraction")
+    train = [record for record in records if record.patient not in val]
+    return train, [record for record in records if record.patient in val]
+
+
+class CachedImage(NamedTuple):
+    """What the cache knows of an image besides its pixels."""
+
+    name: str = ""
+    signature: str = ""  # size and time of change of its file when it was decoded
+    checksum: str = ""  # of its pixels
+    error: str = ""  # why it could not be decoded; its pixels are black
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """Decoded images of one body part of one split: PATH.npy, (n, S, S) uint8, and PATH.json."""
+
+    path: Path  # the .npy
+    size: int  # S, pixels
+    resize: str
+    records: tuple[ImageRecord, ...]  # in the order of the rows
+    rows: list[CachedImage]
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """The images that could not be decoded, name -> why."""
+        return {row.name: row.error for row in self.rows if row.error}
+
+
+def file_signature(path: str) -> str:
+    """Return what changes when a file's content does: its size and time of change."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "absent"
+    return f"{status.st_size}|{status.st_mtime_ns}"
+
+
+def pixel_checksum(pixels: Pixels) -> str:
+    """Return a checksum by which damaged rows and identical images are recognised (64 bits)."""
+    return hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()
+
+
+def open_cache_file(
+    folder: Path, records: Sequence[ImageRecord], size: int, resize: str
+) -> CacheFile:
+    """Return the cache of some images; what is not there, or not sound, has empty rows."""
+    names = [record.name for record in records]
+    key = text_digest("\n".join([f"{CACHE_VERSION}", *names]))
+    part = re.sub(r"[^\w-]", "_", records[0].body_part)
+    path = folder / f"{part}-{size}-{resize}-{key[:16]}.npy"
+    empty = [CachedImage()] * len(names)
+    try:
+        rows = [CachedImage(*row) for row in json.loads(path.with_suffix(".json").read_bytes())]
+        shape = np.load(path, mmap_mode="r").shape
+    except Exception:  # absent or damaged; numpy reads its header with Python's own parser
+        return CacheFile(path, size, resize, tuple(records), empty)
+    sound = [row.name for row in rows] == names and shape == (len(names), size, size)
+    return CacheFile(path, size, resize, tuple(records), rows if sound else empty)
+
+
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
+) -> Iterator[Any]:
+    """Yield function(item) in order, computed in threads at most `ahead` in advance."""
+    waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
@@ -950,224 +1754,346 @@ def map_ahead(function: Callable[[Item], Done], items: Iterable[Item], workers: 
             pool.shutdown(cancel_futures=True)
 
 
-def build_shard(file: Path, views: Sequence[View], size: int, config: Config, bar: Any, stop: StopSignals) -> Shard:
-    """Decode images into a new shard.
+def core_count() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def letterbox_box(height: int, width: int, size: int, resize: str) -> Box:
+    """Return the box of an image's content in the square of `size` pixels.
+
+    >>> letterbox_box(100, 50, 320, "letterbox"), letterbox_box(100, 50, 320, "stretch")
+    ((80, 0, 240, 320), (0, 0, 320, 320))
+    """
+    if resize == "stretch":
+        return 0, 0, size, size
+    wide, high = (max(1, round(side * size / max(height, width))) for side in (width, height))
+    left, top = (size - wide) // 2, (size - high) // 2
+    return left, top, left + wide, top + high
+
+
+def resize_square(pixels: Pixels, size: int, resize: str) -> Pixels:
+    """Return (H, W) uint8 scaled to (size, size) uint8, antialiased.
+
+    `resize` is "stretch" (the paper) or "letterbox" (aspect ratio kept, centred, black around it).
+    """
+    left, top, right, bottom = letterbox_box(pixels.shape[0], pixels.shape[1], size, resize)
+    # Pillow widens the filter with the reduction; the gap averages large images in blocks first
+    content = Image.fromarray(pixels).resize(
+        (right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    square = np.zeros((size, size), np.uint8)
+    square[top:bottom, left:right] = np.asarray(content)
+    return square
+
+
+def decode_square(record: ImageRecord, size: int, resize: str) -> tuple[CachedImage, Pixels]:
+    """Return one image as (size, size) uint8, black where it cannot be decoded."""
+    square, error = np.zeros((size, size), np.uint8), ""
+    signature = file_signature(record.path)
+    try:
+        square = resize_square(read_radiograph(Path(record.path)).pixels, size, resize)
+    except BadImage as problem:
+        error = str(problem)
+        if "pip install" in error or isinstance(problem.__cause__, PermissionError):
+            signature = ""  # it may become readable without a change
+    return CachedImage(record.name, signature, pixel_checksum(square), error), square
+
+
+def fill_cache(cache: CacheFile, workers: int, bar: Progress) -> None:
+    """Decode the images that are not in the cache, or whose file has changed.
 
     Raises:
         UserError: the cache folder is full or cannot be written.
     """
-    names, workers = [view.name for view in views], config.workers or core_count()
-    checksums: list[int] = []
-    bad: dict[str, str] = {}
-    squares = map_ahead(lambda view: decode_square(view.path, size, config.fit), views, workers, 8 * workers)
-    with atomic_write(file) as out:
-        out.write(array_header(len(names), size))
-        for name, square in zip(names, squares, strict=True):
-            if isinstance(square, str):
-                bad[name] = square
-            content = memoryview(bytes(size**2)) if isinstance(square, str) else square.data
-            checksums.append(zlib.crc32(content))
-            out.write(content)
-            bar.update()
-            stop.check()
-    kept = {"names": names, "crc32": checksums, "bad": bad}
-    with atomic_write(file.with_suffix(".json")) as out:
-        out.write(json.dumps({**kept, "sha256": json_digest(kept)}).encode())
-    return Shard(file, names, np.array(checksums, np.uint32), bad)
+    pairs = enumerate(zip(cache.records, cache.rows, strict=True))
+    todo = [i for i, (record, row) in pairs if row.signature != file_signature(record.path)]
+    bar.update(len(cache.rows) - len(todo))
+    if not todo:
+        return
+    try:
+        if len(todo) < len(cache.rows):
+            decode_rows(cache, np.load(cache.path, mmap_mode="r+"), todo, workers, bar)
+        else:
+            with temporary_file(cache.path) as temporary:
+                decode_rows(cache, create_array(temporary, cache), todo, workers, bar)
+    except OSError as error:
+        raise unwritable(cache.path, error) from error
+    atomic_write(cache.path.with_suffix(".json"), json_text(cache.rows))  # last: now rows count
+
+
+def create_array(path: Path, cache: CacheFile) -> np.ndarray:
+    """Return a new memory-mapped array of a cache file's shape; OSError on a full disk."""
+    shape = len(cache.rows), cache.size, cache.size
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):  # else writing to a full disk would end the process
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def decode_rows(
+    cache: CacheFile, array: np.ndarray, todo: Sequence[int], workers: int, bar: Progress
+) -> None:
+    """Decode some images into the rows of the array."""
+    decode = partial(decode_square, size=cache.size, resize=cache.resize)
+    records = [cache.records[i] for i in todo]
+    decoded = map_ahead(decode, records, workers, 8 * workers)
+    for i, (row, square) in zip(todo, decoded, strict=True):
+        cache.rows[i], array[i] = row, square
+        bar.update()
+    array.flush()  # type: ignore[attr-defined]
 
 
 def cache_folder(config: Config, root: Path) -> Path:
-    """Choose where the cache lives: --cache-dir, else beside the data, else in the user's cache folder."""
+    """Return where the cache lives: --cache-dir, else beside the data, else in the user's cache."""
+    beside = root / ".mura_cache"
     if config.cache_dir:
         return config.cache_dir
-    beside = root / ".mura_cache"
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
-    try:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise UserError(f"{root}: cannot be written, and there is no home folder: give --cache-dir") from error
-    return user / PROGRAM / digest_of(str(root.resolve()))[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = home / PROGRAM / text_digest(str(root.resolve()))[:12]
+    warn(f"{root}: is read-only; the cache is in {folder} (--cache-dir chooses)")
+    return folder
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Decoded images of a split: the views that could be read, where their pixels are, and which could not be read."""
-
-    views: tuple[View, ...]
-    shards: tuple[Shard, ...]
-    rows: np.ndarray  # (N, 2) int64: shard and row of each view
-    bad: dict[str, str]  # name -> why
+def open_caches(scan: Scan, size: int, resize: str, folder: Path) -> list[CacheFile]:
+    """Return the cache files of a split, one a body part, as far as they are there."""
+    by_part: defaultdict[str, list[ImageRecord]] = defaultdict(list)
+    for record in scan.records:
+        by_part[record.body_part].append(record)
+    return [open_cache_file(folder, by_part[part], size, resize) for part in sorted(by_part)]
 
 
-def open_cache(
-    views: Sequence[View], size: int, config: Config, root: Path, stop: StopSignals, *, build: bool = True
-) -> Decoded:
-    """Decode each image once: open the shards that are there, build the others.
-
-    A shard with unreadable images is decoded again when one of them has become readable.
-
-    Raises:
-        UserError: unreadable images, with --on-bad-image stop or more than 1 % of them; a cache that cannot be written.
-    """
-    folder = cache_folder(config, root)
-    shards: list[Shard] = []
-    with progress_bar(total=len(views), desc="decode", unit="image") as bar:
-        for part in sorted({view.part for view in views}):
-            chosen = [view for view in views if view.part == part]
-            file = shard_file(folder, chosen, size, config.fit)
-            shard = open_shard(file, size)
-            bad = [view for view in chosen if shard and view.name in shard.bad]
-            if not all(isinstance(decode_square(view.path, 32, config.fit), str) for view in bad):
-                shard = None
-            if shard:
-                bar.update(len(chosen))
-            elif not build:
-                raise UserError(f"{file}: was not written by the first process", EXIT_FAILED)
-            shards.append(shard or build_shard(file, chosen, size, config, bar, stop))
-    unread = {name: why for shard in shards for name, why in shard.bad.items()}
-    place = {name: (i, row) for i, shard in enumerate(shards) for row, name in enumerate(shard.names)}
-    good = tuple(view for view in views if view.name not in unread)
-    rows = np.array([place[view.name] for view in good], np.int64).reshape(-1, 2)
-    return Decoded(good, tuple(shards), rows, unread)
+def decode_scan(scan: Scan, size: int, resize: str, folder: Path, workers: int) -> list[CacheFile]:
+    """Return the cache files of a split, one a body part; what is not there is decoded."""
+    sweep_temporaries(folder)
+    caches = open_caches(scan, size, resize, folder)
+    with Progress(len(scan.records), f"decode {scan.split}") as bar:
+        for cache in caches:
+            fill_cache(cache, workers or core_count(), bar)
+    return caches
 
 
-def check_bad_images(decoded: Decoded, folder: Path, config: Config) -> None:
-    """Report unreadable images: a line with the count, the first ten by name.
+def report_bad_images(
+    scan: Scan, caches: Sequence[CacheFile], on_bad_image: str | None
+) -> dict[str, str]:
+    """Return the unreadable images, name -> why, and warn of them: their count, the first ten.
 
     Raises:
-        UserError: with --on-bad-image stop, where more than 1 % are unreadable, or where nothing is left.
+        UserError: with --on-bad-image stop, where more than 1 % are unreadable, or all.
     """
-    if not decoded.bad:
-        return
-    total = len(decoded.views) + len(decoded.bad)
-    for name, why in list(decoded.bad.items())[:10]:
-        note(f"{folder / name}: {why}")
-    more = f"{len(decoded.bad)} of {total} images below {folder} cannot be read (the first are listed above)"
-    too_many = config.on_bad_image is None and len(decoded.bad) > BAD_SHARE * total
-    if config.on_bad_image == "stop" or too_many or not decoded.views:
-        raise UserError(f"{more}; replace or remove them" + (", or add --on-bad-image skip" if too_many else ""), EXIT_FAILED)
-    note(f"{more}; they are skipped")
+    errors = {name: why for cache in caches for name, why in cache.errors.items()}
+    for name in list(errors)[:10]:
+        warn(f"{scan.folder / name}: {errors[name]}")
+    total = len(scan.records)
+    text = f"{len(errors)} of {total} images below {scan.folder} cannot be read (see above)"
+    too_many = on_bad_image is None and len(errors) > BAD_FRACTION * total
+    if errors and (on_bad_image == "stop" or too_many or len(errors) == total):
+        skip = ", or add --on-bad-image skip" if too_many else ""
+        raise UserError(f"{text}; replace or remove them{skip}", EXIT_FAILED)
+    if errors:
+        warn(f"{text}; they are skipped")
+    return errors
 
 
-def core_count() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class MuraDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
+class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     """Radiographs as (image, label): image (1, S, S) uint8, label 0 normal or 1 abnormal.
 
-    A batch is one gather from the memory-mapped cache: `batch(indices)`, which `torch.utils.data.DataLoader` reaches
-    through `__getitems__`. It can be pickled to a worker process: the maps are opened anew there. Each image's checksum is
-    verified when it is first read.
+    A batch is one gather from the memory-mapped cache: `batch(indices)`, which
+    `torch.utils.data.DataLoader` reaches through `__getitems__`. It can be pickled to a worker
+    process. Each image's checksum is verified when it is first read; a damaged one is decoded
+    again.
 
     Args:
-        decoded: what `open_cache` returned.
-        choice: the views to use, all of them in `decoded` (default: all).
+        caches: what `decode_scan` returned.
+        records: the images to use (default: all); unreadable ones are left out.
+        transform: applied to each image, if given.
     """
 
-    def __init__(self, decoded: Decoded, choice: Sequence[View] | None = None) -> None:
-        place = {view.name: i for i, view in enumerate(decoded.views)}
-        self.views = tuple(view for view in (decoded.views if choice is None else choice) if view.name in place)
-        self.labels = np.array([view.label for view in self.views], dtype=np.int64)
-        self._shards = decoded.shards
-        self._rows = decoded.rows[[place[view.name] for view in self.views]]
-        self._verified = np.zeros(len(self.views), dtype=bool)
-        self._maps: dict[int, np.ndarray] = {}
+    def __init__(
+        self, caches: Sequence[CacheFile], records: Sequence[ImageRecord] | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.caches, self.transform = tuple(caches), transform
+        places: dict[str, tuple[int, int]] = {}
+        for number, cache in enumerate(caches):
+            places |= {row.name: (number, i) for i, row in enumerate(cache.rows) if not row.error}
+        if records is None:
+            records = [record for cache in caches for record in cache.records]
+        self.records = tuple(record for record in records if record.name in places)
+        self.labels = np.array([record.label for record in self.records], np.int64)
+        self.places = [places[record.name] for record in self.records]
+        self.verified = np.zeros(len(self.records), bool)
+        self.arrays: dict[int, np.ndarray] = {}
 
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Give the items of a whole batch; the DataLoader calls this."""
-        return list(zip(self.batch(np.asarray(indices)), self.labels[indices].tolist(), strict=True))
-
-    def fingerprint(self) -> str:
-        """Tell this set from any other: a digest of names, labels and pixels."""
-        checksums = [self._shards[shard].checksums[row] for shard, row in self._rows]
-        lines = (f"{view.name},{view.label},{crc}\n" for view, crc in zip(self.views, checksums, strict=True))
-        return digest_of("".join(lines))[:16]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
-
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """Gather images, (B, 1, S, S) uint8.
+    @classmethod
+    def from_folder(
+        cls, data_dir: str | Path, split: str = "train", tasks: Sequence[str] = (), size: int = 320,
+        resize: str = "stretch", transform: Callable[[Tensor], Any] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> MuraDataset:
+        """Return the images of DATA_DIR/SPLIT, cached as on the command line.
 
         Raises:
-            UserError: an image in the cache is damaged.
+            UserError: the folder is not in MURA's layout, or its cache cannot be written.
         """
-        rows = self._rows[indices]
-        pixels = np.stack([self._map(shard)[row] for shard, row in rows.tolist()])
-        for i in np.flatnonzero(~self._verified[indices]):
-            shard = self._shards[rows[i, 0]]
-            if zlib.crc32(pixels[i].tobytes()) != shard.checksums[rows[i, 1]]:
-                raise UserError(f"{shard.file}: damaged at image {self.views[indices[i]].name}; delete the file, the next run "
-                                "decodes it again", EXIT_FAILED)
-        self._verified[indices] = True
+        root = find_data_root(Path(data_dir))
+        scan = scan_split(root, split, tasks)
+        for note in scan.notes:
+            warn(note)
+        folder = Path(cache_dir) if cache_dir else cache_folder(Config(), root)
+        caches = decode_scan(scan, size, resize, folder, 0)
+        report_bad_images(scan, caches, "skip")
+        return cls(caches, transform=transform)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """Return the items of a whole batch; the DataLoader calls this."""
+        images: Iterable[Any] = self.batch(np.asarray(indices))
+        if self.transform:
+            images = map(self.transform, images)
+        return list(zip(images, self.labels[indices].tolist(), strict=True))
+
+    def __getstate__(self) -> Content:
+        return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """Return images, (B, 1, S, S) uint8.
+
+        Raises:
+            UserError: an image in the cache is damaged and its file cannot be read any more.
+        """
+        pixels = np.stack([self.pixels(i) for i in indices.tolist()])
+        for k, i in enumerate(indices.tolist()):
+            if not self.verified[i] and pixel_checksum(pixels[k]) != self.checksum(i):
+                pixels[k] = self.repair(i)
+        self.verified[indices] = True
         return torch.from_numpy(pixels)[:, None]
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            file = self._shards[shard].file
+    def pixels(self, index: int) -> Pixels:
+        """Return an image's row of the memory-mapped array."""
+        number, row = self.places[index]
+        if number not in self.arrays:
+            path = self.caches[number].path
             try:
-                self._maps[shard] = np.load(file, mmap_mode="r")
-            except OSError as error:
-                raise UserError(f"{file}: cannot be opened any more; run again, which decodes anew", EXIT_FAILED) from error
-        return self._maps[shard]
+                self.arrays[number] = np.load(path, mmap_mode="r")
+            except Exception as error:
+                raise UserError(f"{path}: cannot be opened any more; run again, which decodes "
+                                "again",
+                                EXIT_FAILED) from error
+        return np.asarray(self.arrays[number][row])
+
+    def checksum(self, index: int) -> str:
+        """Return the checksum of an image's pixels as they were decoded."""
+        number, row = self.places[index]
+        return self.caches[number].rows[row].checksum
+
+    def repair(self, index: int) -> Pixels:
+        """Return a damaged image decoded again, which is also put back into the cache."""
+        number, row = self.places[index]
+        cache, record = self.caches[number], self.records[index]
+        warn(f"{cache.path}: damaged at {record.name}, which is decoded again")
+        found, square = decode_square(record, cache.size, cache.resize)
+        if found.error:
+            raise UserError(f"{record.path}: {found.error}; its copy in {cache.path} is damaged: "
+                            "restore the image, or delete the copy", EXIT_FAILED)
+        with contextlib.suppress(OSError):  # a read-only cache stays as it is
+            np.load(cache.path, mmap_mode="r+")[row] = square
+        return square
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, labels and pixels, which tells this set from any other."""
+        lines = [f"{record.name},{record.label},{self.checksum(i)}\n"
+                 for i, record in enumerate(self.records)]
+        return text_digest("".join(lines))[:16]
 
 
-def choose_image_size(views: Sequence[View], asked: int | None) -> int:
-    """Choose the input side, pixels: as asked, else 320 or, where smaller, the longest side found, rounded up to 32.
+def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
+    """Return the input side, pixels: as asked, else 320 or, where smaller, the longest side found.
 
-    The headers of up to 200 images, evenly spread, are looked at.
+    The headers of up to 200 images, evenly spread, are read; the side is rounded up to 32.
     """
     if asked:
         return asked
-    longest = 0
-    for view in views[:: max(1, -(-len(views) // 200))]:
-        with contextlib.suppress(BadImage, OSError, ValueError):
-            longest = max(longest, *_open_picture(_read_bytes(view.path)).size)
-    return min(PAPER_SIZE, max(64, -(-longest // 32) * 32)) if longest else PAPER_SIZE
+    chosen = records[:: max(1, -(-len(records) // 200))]
+    headers = [read_header(Path(record.path)) for record in chosen]
+    longest = max((max(found.width, found.height) for found in headers if found), default=320)
+    return min(320, max(64, -(-longest // 32) * 32))
 
 
-# ===== 5 batches and augmentation ====================================================================================
+def find_duplicates(datasets: Mapping[str, MuraDataset]) -> tuple[list[str], dict[str, set[str]]]:
+    """Return what is pixel-identical though it should not be, and the images that it concerns.
 
-ORDER, VARIATION, STATISTICS, MIXTURE = 0, 1, 2, 3  # streams of random numbers
+    Args:
+        datasets: by the name of their split, decoded at one size.
+
+    Returns:
+        A clause for each kind: under different patients, in several splits, with contradicting
+        labels; and by split the names of images in several splits or with contradicting labels.
+    """
+    groups: defaultdict[str, list[tuple[str, ImageRecord]]] = defaultdict(list)
+    for split, dataset in datasets.items():
+        for i, record in enumerate(dataset.records):
+            groups[dataset.checksum(i)].append((split, record))
+    clauses, concerned = [], defaultdict(set)
+    for kind in ("patient", "split", "label"):
+        found = []
+        for group in groups.values():
+            values = {split if kind == "split" else getattr(r, kind) for split, r in group}
+            if len(values) > 1:
+                found.append(" = ".join(record.name for _, record in group))
+                for split, record in group if kind != "patient" else ():
+                    concerned[split].add(record.name)
+        if found:
+            first = "; ".join(found[:10])
+            clauses.append(f"{len(found)} pixel-identical images differ in their {kind}: {first}")
+    return clauses, dict(concerned)
+
+
+# ===== 5 transforms ===============================================================================
+
+
+def random_stream(name: str, *key: int) -> np.random.Generator:
+    """Return the random numbers of one purpose: they follow from its name and key alone.
+
+    So a resumed run repeats them, and a new augmentation leaves those of the others as they are.
+    """
+    return np.random.default_rng([zlib.crc32(name.encode()), *key])
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffle 0..count-1 for an epoch (numbered from 0) and cut it into batches whose sizes differ by one at most.
-
-    The order follows from seed and epoch alone, which is what makes a run resumable at any batch.
+    """Return 0..count-1 shuffled for an epoch, in batches whose sizes differ by one at most.
 
     >>> [len(batch) for batch in epoch_batches(10, 4, seed=0, epoch=0)]
     [4, 3, 3]
     """
-    order = np.random.default_rng([ORDER, seed, epoch]).permutation(count)
+    order = random_stream("order", seed, epoch).permutation(count)
     return np.array_split(order, -(-count // batch_size))
 
 
-class Feed:
-    """Brings batches of images to the device: from the device's memory where the data set fits there, else streamed.
+class BatchLoader:
+    """Brings batches of images to the device, from its memory where the data set fits there.
 
-    On CUDA a data set that takes at most an eighth of the free memory is copied there once: activations, gradients and the
-    other split need theirs. Otherwise a thread gathers and pins batches two ahead.
+    On CUDA a data set that takes at most an eighth of the free memory is copied there once:
+    activations and gradients need theirs. Otherwise a thread gathers batches two ahead.
     """
 
     def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
         self.resident: Tensor | None = None
         if device.type == "cuda" and len(dataset):
-            image, _ = dataset[0]
-            if len(dataset) * image.numel() <= torch.cuda.mem_get_info(device)[0] // 8:
-                self.resident = torch.empty(len(dataset), *image.shape, dtype=torch.uint8, device=device)
-                for block in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
-                    self.resident[block[0] : block[-1] + 1] = dataset.batch(block).to(device)
+            size = dataset.batch(np.zeros(1, int)).numel() * len(dataset)
+            if size <= torch.cuda.mem_get_info(device)[0] // 8:
+                blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024))
+                self.resident = torch.cat([dataset.batch(block).to(device) for block in blocks])
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, (B, 1, S, S) uint8, on the device."""
@@ -1175,205 +2101,335 @@ class Feed:
             for indices in batches:
                 yield self.resident[torch.from_numpy(indices).to(self.device, non_blocking=True)]
             return
-        for images in map_ahead(self._gather, batches, workers=1, ahead=2):
+        for images in map_ahead(self.gather, batches, workers=1, ahead=2):
             yield images.to(self.device, non_blocking=True)
 
-    def _gather(self, indices: np.ndarray) -> Tensor:
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Return a batch in host memory, pinned for CUDA."""
         images = self.dataset.batch(indices)
         return images.pin_memory() if self.device.type == "cuda" else images
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Scale (…) uint8 to float, 0 to 1."""
+    """Return uint8 images as float, 0 to 1."""
     return images.float() / 255
 
 
-def draw_variation(config: Config, count: int, epoch: int, batch: int) -> Tensor:
-    """Draw how each image is varied, (count, 4): mirrored (-1 or 1), angle in radians, brightness shift, contrast factor.
+@dataclass(frozen=True)
+class Augmentation:
+    """A random change of an image; the flag of its name in Config is its strength.
 
-    The draw follows from seed, epoch and batch alone, so that a resumed run repeats it.
+    Attributes:
+        draw: (uniform numbers in [0, 1) of shape (B,), strength) to the parameters (B,).
+        warp: parameters to 2 x 2 matrices (B, 2, 2) from output to input coordinates.
+        adjust: (images (B, 1, S, S), parameters (B, 1, 1, 1)) to images.
     """
-    flip, *rest = np.random.default_rng([VARIATION, config.seed, epoch, batch]).random((count, 4)).T
-    turn, shift, change = (2 * uniform - 1 for uniform in rest)
-    columns = (np.where(flip < config.flip, -1, 1), np.deg2rad(config.rotation) * turn, config.brightness * shift,
-               1 + config.contrast * change)
+
+    draw: Callable[[np.ndarray, float], np.ndarray]
+    warp: Callable[[Tensor], Tensor] | None = None
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def symmetric(uniform: np.ndarray, strength: float) -> np.ndarray:
+    """Return uniform numbers in [-strength, strength)."""
+    return strength * (2 * uniform - 1)
+
+
+def flip_matrix(sign: Tensor) -> Tensor:
+    """Return matrices that mirror left and right where the sign is -1."""
+    zero = torch.zeros_like(sign)
+    return torch.stack([sign, zero, zero, torch.ones_like(sign)], 1).view(-1, 2, 2)
+
+
+def rotation_matrix(degrees: Tensor) -> Tensor:
+    """Return matrices that rotate about the centre."""
+    angle = torch.deg2rad(degrees)
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+
+
+def change_contrast(images: Tensor, change: Tensor) -> Tensor:
+    """Return images whose distance from their own mean grows by the factor 1 + change."""
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (images - mean) * (1 + change) + mean
+
+
+AUGMENTATIONS = {  # in the order in which they are applied; each has a flag of the same name
+    "hflip": Augmentation(lambda uniform, p: np.where(uniform < p, -1.0, 1.0), warp=flip_matrix),
+    "rotation": Augmentation(symmetric, warp=rotation_matrix),
+    "contrast": Augmentation(symmetric, adjust=change_contrast),
+    "brightness": Augmentation(symmetric, adjust=lambda images, shift: images + shift),
+}
+
+
+def draw_augmentation(config: Config, count: int, epoch: int, batch: int) -> Tensor:
+    """Return the parameters of a batch's augmentation, (count, len(AUGMENTATIONS)) float32."""
+    columns = []
+    for name, augmentation in AUGMENTATIONS.items():
+        uniform = random_stream(name, config.seed, epoch, batch).random(count)
+        columns.append(augmentation.draw(uniform, getattr(config, name)))
     return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
-def draw_own_share(config: Config, epoch: int, batch: int) -> float:
-    """Draw what is left of each image of a batch when mixup blends it with another, 1/2 to 1 (arXiv 1710.09412, section 2)."""
-    if not config.mixup:
-        return 1.0
-    share = np.random.default_rng([MIXTURE, config.seed, epoch, batch]).beta(config.mixup, config.mixup)
-    return float(max(share, 1 - share))  # of two images blended either way, the greater share is the image's own
-
-
-def augment(images: Tensor, drawn: Tensor) -> Tensor:
-    """Flip, rotate (about the centre, black outside) and change brightness and contrast of a whole batch at once.
+def augment(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return a batch with each image augmented by its own parameters, all in one interpolation.
 
     Args:
         images: (B, 1, S, S) float, 0 to 1.
-        drawn: (B, 4) from `draw_variation`, on the same device.
+        parameters: from `draw_augmentation`, on the same device.
 
     Returns:
-        (B, 1, S, S) float, 0 to 1. Contrast is changed about each image's mean.
+        (B, 1, S, S) float, 0 to 1; black where a rotation uncovers what was outside.
     """
-    mirrored, angle, shift, factor = drawn.unbind(1)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = torch.stack([torch.stack([mirrored * cos, -sin, zero], 1), torch.stack([mirrored * sin, cos, zero], 1)], 1)
+    warp = torch.eye(2, device=images.device).expand(len(images), 2, 2)
+    columns = dict(zip(AUGMENTATIONS, parameters.unbind(1), strict=True))
+    for name, augmentation in AUGMENTATIONS.items():
+        if augmentation.warp:
+            warp = warp @ augmentation.warp(columns[name])  # from output to input
+    matrix = functional.pad(warp, (0, 1))  # no translation
     grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
     images = functional.grid_sample(images, grid, align_corners=False)
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return ((images - mean) * factor.view(-1, 1, 1, 1) + mean + shift.view(-1, 1, 1, 1)).clamp(0, 1)
+    for name, augmentation in AUGMENTATIONS.items():
+        if augmentation.adjust:
+            images = augmentation.adjust(images, columns[name].view(-1, 1, 1, 1))
+    return images.clamp(0, 1)
+
+
+def draw_mixup(config: Config, epoch: int, batch: int) -> float:
+    """Return mixup's lam, what an image keeps of itself, 1/2 to 1 (arXiv 1710.09412)."""
+    if not config.mixup:
+        return 1.0
+    lam = float(random_stream("mixup", config.seed, epoch, batch).beta(config.mixup, config.mixup))
+    return max(lam, 1 - lam)  # of two images mixed either way, the greater fraction is its own
 
 
 @dataclass(frozen=True)
 class Normalization:
     """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std."""
 
-    kind: str  # imagenet, dataset, given, or image: each image by its own mean and deviation, not by those below
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel; ImageNet's, as torchvision's weights expect
+    kind: str  # imagenet, dataset, given; or image: by each image's own mean and deviation
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, as in torchvision
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise (B, 1, S, S) float in 0..1 to (B, 3, S, S)."""
+        """Return (B, 3, S, S) of images (B, 1, S, S) float in 0..1."""
         if self.kind == "image":
             std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
-            return ((images - mean) / std.clamp(min=1 / 255)).expand(-1, 3, -1, -1)  # a blank image stays finite
-        given = (torch.tensor(values, dtype=images.dtype).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        mean, std = (values.to(images.device, non_blocking=True) for values in given)
-        return (images - mean) / std
+            scaled = (images - mean) / std.clamp(min=1 / 255)  # a blank image stays finite
+            return scaled.expand(-1, 3, -1, -1)
+        constants = torch.tensor([self.mean, self.std], dtype=images.dtype).view(2, 1, 3, 1, 1)
+        mean, std = constants.to(images.device, non_blocking=True)
+        normalised: Tensor = (images - mean) / std
+        return normalised
 
 
 def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
-    """Make the normalisation of --normalization; `dataset` measures up to 2,000 training images, evenly spread."""
+    """Return that of --normalization; `dataset` measures up to 2,000 training images."""
     if kind in ("imagenet", "image"):
         return Normalization(kind)
     if kind != "dataset":
         mean, std = (float(part) for part in kind.split(","))
         return Normalization("given", (mean,) * 3, (std,) * 3)
     chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
-    sums = np.zeros(3)
+    count = total = squares = 0.0
     for block in np.array_split(chosen, -(-len(chosen) // 64)):
         pixels = dataset.batch(block).double() / 255
-        sums += (pixels.numel(), pixels.sum().item(), pixels.square().sum().item())
-    count, total, squares = sums.tolist()  # a numpy number would not load with weights_only=True
+        count += pixels.numel()
+        total += pixels.sum().item()
+        squares += pixels.square().sum().item()
     mean = total / count
     std = max(math.sqrt(max(squares / count - mean**2, 0)), 1 / 255)
     return Normalization("dataset", (mean,) * 3, (std,) * 3)
 
 
-# ===== 6 model =======================================================================================================
+# ===== 6 models ===================================================================================
 
-MAP_STRIDE = 32  # input pixels to a cell of the last feature maps, of either architecture
-STAGES = {  # torchvision's names for what comes before the pooling
-    "densenet169": ("features",),  # arXiv 1608.06993
-    "resnet50": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"),  # arXiv 1512.03385
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network: its layers, and where the cells of its output lie in the input."""
+
+    layers: str  # names of submodules of the trunk, in order; the last one rectifies
+    stride: int  # input pixels from one cell to the next
+    offset: float  # input pixel at the centre of the first cell
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build a torchvision classifier and cut it into stages, the last before pooling."""
+
+    constructor: Callable[[], Any]
+    trunk: str  # name of the submodule that holds the layers; "" is the classifier itself
+    head: str  # name of its last linear layer
+    stages: tuple[Stage, ...]
+
+
+def build_resnet50() -> Any:
+    """Return torchvision's ResNet-50 (arXiv 1512.03385), each residual branch starting at zero."""
+    return torchvision.models.resnet50(zero_init_residual=True)
+
+
+# A cell's centre follows from strides and padding: 0, 2, 6, 14 in DenseNet-169. In ResNet-50 it
+# is 0, but what cells see lies 1 to 5 px right of and below it, measured with ImageNet weights.
+ARCHITECTURES = {
+    "densenet169": Architecture(  # arXiv 1608.06993; relu0 stands for torchvision's functional ReLU
+        torchvision.models.densenet169, "features", "classifier", (
+            Stage("conv0 norm0 relu0 pool0 denseblock1 transition1.norm transition1.relu", 4, 0),
+            Stage("transition1.conv transition1.pool denseblock2 transition2.norm "
+                  "transition2.relu", 8, 2),
+            Stage("transition2.conv transition2.pool denseblock3 transition3.norm "
+                  "transition3.relu", 16, 6),
+            Stage("transition3.conv transition3.pool denseblock4 norm5 relu0", 32, 14),
+        )),
+    "resnet50": Architecture(
+        build_resnet50, "", "fc", (
+            Stage("conv1 bn1 relu maxpool layer1", 4, 1),
+            Stage("layer2", 8, 3),
+            Stage("layer3", 16, 4),
+            Stage("layer4", 32, 5),
+        )),
 }
 
 
 class Network(nn.Module):
-    """A torchvision classifier, cut where Grad-CAM needs it: features(x), then classify(features); no hooks.
+    """A torchvision classifier cut into stages, then mean pooling and one linear unit; no hooks.
 
-    `features` are the rectified maps of the last convolutional stage, `classify` is mean pooling and one linear unit.
-    torchvision's DenseNet rectifies them in place inside forward(); here that is a step of its own.
+    Args:
+        name: a key of ARCHITECTURES.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.model = model
-        if model == "densenet169":
-            source: Any = torchvision.models.densenet169()
-            self.backbone = nn.Sequential(source.features, nn.ReLU())
-            width = source.classifier.in_features
-        else:
-            source = torchvision.models.resnet50(zero_init_residual=True)
-            self.backbone = nn.Sequential(*(getattr(source, stage) for stage in STAGES[model]))
-            width = source.fc.in_features
+        self.name, self.architecture = name, ARCHITECTURES[name]
+        source = self.architecture.constructor()
+        width = source.get_submodule(self.architecture.head).in_features
+        setattr(source, self.architecture.head, nn.Identity())
+        self.backbone = source.get_submodule(self.architecture.trunk)
         self.head = nn.Linear(width, 1)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, S, S) to rectified feature maps (B, C, S/32, S/32)."""
-        maps: Tensor = self.backbone(images)
-        return maps
+    def run_stage(self, stage: Stage, features: Tensor) -> Tensor:
+        """Return a stage's output (B, C, h, w) from that of the stage before it."""
+        for layer in stage.layers.split():
+            features = self.backbone.get_submodule(layer)(features)
+        return features
 
     def classify(self, features: Tensor) -> Tensor:
-        """Map feature maps (B, C, h, w) to logits (B,), positive towards abnormal; in fp32 also under autocast."""
+        """Return logits (B,) of the last stage's output; in fp32 also under autocast."""
         return (features.float().mean((2, 3)) * self.head.weight[0]).sum(1) + self.head.bias
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, S, S) to logits (B,)."""
-        return self.classify(self.features(images))
+        """Return logits (B,), positive for abnormal, of normalised images (B, 3, S, S)."""
+        features = images
+        for stage in self.architecture.stages:
+            features = self.run_stage(stage, features)
+        return self.classify(features)
 
 
-def logits_of(network: nn.Module, images: Tensor, *, tta: bool) -> Tensor:
-    """Map normalised images (B, 3, S, S) to logits (B,); with `tta` each is the mean with its mirror image's."""
-    logits: Tensor = network(images)
-    return (logits + network(images.flip(3))) / 2 if tta else logits
-
-
-def build_network(model: str, weights: str, seed: int) -> Network:
-    """Build a network with the weights of --weights; the head is always new, unless the file is a checkpoint of ours.
-
-    Raises:
-        UserError: the weights cannot be had, or do not fit.
-    """
-    torch.manual_seed(seed)
-    network = Network(model)
-    if weights == "imagenet":
-        load_torchvision(network, imagenet_state(model), "the ImageNet weights")
-    elif weights != "none":
-        state = read_weights(Path(weights))
-        if state.get("format") == PROGRAM:
-            if state["model"] != model:
-                raise UserError(f"--weights {weights}: is a {state['model']}, not a {model}; add --model {state['model']}")
-            network.load_state_dict(state["state_dict"])
-        else:
-            load_torchvision(network, state, weights)
-    return network
-
-
-def imagenet_state(model: str) -> dict[str, Any]:
-    """Fetch torchvision's ImageNet weights, from torch's hub folder where they are there already.
+def imagenet_weights(name: str) -> dict[str, Any]:
+    """Return torchvision's ImageNet weights, from torch's hub folder where they are there already.
 
     Raises:
         UserError: no network; the message says which file to put where.
     """
-    source = torchvision.models.get_model_weights(model).IMAGENET1K_V1
+    source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
+    show = sys.stderr.isatty() and is_main_process()
     try:
-        state: dict[str, Any] = source.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+        return dict(source.get_state_dict(progress=show, check_hash=True, weights_only=True))
     except Exception as error:  # urllib, socket, hash and file errors, all with the same remedy
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # torch's may have several lines
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise UserError(
-            f"the ImageNet weights of {model} are not at hand ({reason}); fetch {source.url} elsewhere and put it at {file}, "
-            "or give --weights FILE, or --weights none for a random start", EXIT_FAILED,
-        ) from error
-    return state
+            f"the ImageNet weights of {name} are not available ({reason}); fetch {source.url} "
+            f"elsewhere and put it at {file}, or give --weights FILE, or --weights none",
+            EXIT_FAILED) from error
 
 
-def load_torchvision(network: Network, state: dict[str, Any], name: str) -> None:
-    """Load a torchvision state_dict into the backbone; its classifier is left out.
+def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> None:
+    """Load the backbone from a state_dict of torchvision or timm; its classifier is left out.
+
+    Nesting as by Lightning ({"state_dict": ...}) and prefixes as by DataParallel ("module.") are
+    looked through.
 
     Raises:
-        UserError: it is of another architecture, or incomplete.
+        UserError: it is of another architecture, incomplete, or holds numbers that are not finite.
     """
-    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # names in files from before torch 0.4 ...
-    given = {dotted.sub(r"\1\2", key): value for key, value in state.items()}
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    # names in files from before torch 0.4 ("norm.1"), which torchvision still distributes
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+    given = {dotted.sub(r"\1\2", str(key)): value for key, value in content.items()}
+    prefix = find_prefix(given, network.architecture)
+    if prefix is None and any(re.match(r"\D*\d+\.", key) for key in given):
+        raise UserError(f"--weights {source}: its layers are numbered, as in an nn.Sequential, so "
+                        f"it is not known which is which; save a {network.name}'s own state_dict")
     wanted, found = network.backbone.state_dict(), {}
     for key, value in wanted.items():
-        place, _, rest = key.partition(".")
-        optional = value if rest.endswith("num_batches_tracked") else None  # ... which count no batches
-        found[key] = given.get(f"{STAGES[network.model][int(place)]}.{rest}", optional)
-    missing = [key for key, value in wanted.items() if getattr(found[key], "shape", None) != value.shape]
-    if missing:
-        raise UserError(f"{name}: does not fit {network.model} ({len(missing)} of {len(wanted)} tensors are missing or of "
-                        f"another shape); give weights of torchvision's {network.model}, or another --model")
+        uncounted = value if key.endswith("num_batches_tracked") else None  # old files lack it
+        found[key] = given.get(f"{prefix}{key}", uncounted)
+    fits = [getattr(found[key], "shape", None) == value.shape for key, value in wanted.items()]
+    if not all(fits):
+        others = [name for name, other in ARCHITECTURES.items()
+                  if name != network.name and find_prefix(given, other) is not None]
+        looks = f"; it looks like a {others[0]}" if others else ""
+        raise UserError(
+            f"--weights {source}: does not fit {network.name} ({fits.count(False)} of {len(fits)} "
+            f"tensors are missing or of another shape){looks}; give weights of torchvision or timm")
+    require_finite(found, f"--weights {source}")
     network.backbone.load_state_dict(found)
 
 
+def find_prefix(given: Mapping[str, Any], architecture: Architecture) -> str | None:
+    """Return what stands before the names of the backbone's tensors; None: they are absent."""
+    first = f"{architecture.stages[0].layers.split()[0]}.weight"
+    trunk = f"{architecture.trunk}." if architecture.trunk else ""
+    fitting = [key for key in given if f".{key}".endswith(f".{trunk}{first}")]
+    return min(fitting, key=len).removesuffix(first) if fitting else None
+
+
+def require_finite(tensors: Mapping[str, Any], source: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        UserError: which tensor does.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{source}: {name} holds numbers that are not finite; use another file")
+
+
+@dataclass(frozen=True)
+class DevicePrecision:
+    """Where and how a network is computed."""
+
+    device: torch.device
+    dtype: torch.dtype  # of autocast: convolutions and products only, the loss stays in float32
+    channels_last: bool = False  # NHWC memory order
+
+    def prepare(self, network: Network) -> Network:
+        """Return the network on the device, in the memory order of choice."""
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        moved: Any = network
+        return moved.to(device=self.device, memory_format=order)  # type: ignore[no-any-return]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network is to be called."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+
+    def __str__(self) -> str:
+        name, kind = f"{torch.get_num_threads()} threads", "fp32"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            kind = "tf32" if torch.backends.cuda.matmul.allow_tf32 else kind
+        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return f"{self.device} ({name}), {kinds.get(self.dtype, kind)}"
+
+
+CPU = DevicePrecision(torch.device("cpu"), torch.float32)
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Choose the device: CUDA, then MPS, then CPU for `auto`; under torchrun each process takes its own CUDA device.
+    """Return the device: CUDA, then MPS, then CPU for `auto`; each torchrun process has its own.
 
     Raises:
         UserError: the device asked for is not there.
@@ -1381,152 +2437,458 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-    kind, _, given = name.partition(":")
-    index, count = int(given or local_rank), torch.cuda.device_count()
-    if not {"cuda": cuda and index < count, "mps": mps, "cpu": True}[kind]:
-        raise UserError(f"--device {name}: there is no such device here ({count} CUDA devices); use --device auto or cpu")
+    kind, _, number = name.partition(":")
+    index, count = int(number or local_rank), torch.cuda.device_count()
+    available = {"cuda": cuda and index < count, "mps": mps, "cpu": True}
+    if not available[kind]:
+        raise UserError(f"--device {name}: there is no such device here ({count} CUDA devices); "
+                        "use --device auto or cpu")
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How the network is computed on a device."""
+def choose_precision(device: torch.device, precision: str) -> DevicePrecision:
+    """Return what pays on a device.
 
-    device: torch.device
-    bf16: bool  # autocast to bfloat16: convolutions and products only, the loss stays in fp32
-    channels_last: bool  # NHWC memory order
-
-    def prepare(self, network: Network) -> Network:
-        """Move a network to the device, in the memory order of choice."""
-        order = torch.channels_last if self.channels_last else torch.contiguous_format
-        return network.to(device=self.device, memory_format=order)  # type: ignore[call-overload,no-any-return]
-
-    def autocast(self) -> torch.autocast:
-        """Give the context in which the network is to be called."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-
-    def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        precision = "bf16" if self.bf16 else "tf32" if tf32 else "fp32"
-        return f"{self.device} ({name}), {precision}{', channels_last' if self.channels_last else ''}"
-
-
-def choose_arithmetic(device: torch.device, precision: str) -> Arithmetic:
-    """Choose what pays on a device: bf16 on CUDA from compute capability 8 on and on CPUs with AMX, NHWC but on MPS.
-
-    Only AMX counts: bf16 was measured at 0.7 times the speed of fp32 on an Intel CPU with avx512_bf16 alone (training and
-    scoring, both architectures), and at a tenth on one with neither, so `auto` never takes it there.
+    `auto` is bf16 on CUDA from compute capability 8 on and on CPUs with AMX, fp16 on older CUDA
+    cards (tensor cores from 7 on), else fp32: bf16 is slower than fp32 on CPUs without AMX.
 
     Raises:
         UserError: tf32 asked for where there is no CUDA device.
     """
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto or fp32")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        fast = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        fast = device.type == "cpu" and cpu_has_amx()
-    return Arithmetic(device, precision == "bf16" or (precision == "auto" and fast), device.type != "mps")
+    is_cuda = device.type == "cuda"
+    if precision == "tf32" and not is_cuda:
+        raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto "
+                        "or fp32")
+    if is_cuda:
+        use_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use_tf32
+    if precision == "auto":
+        capability = torch.cuda.get_device_capability(device)[0] if is_cuda else 0
+        precision = auto_precision(device.type, capability)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return DevicePrecision(device, dtypes.get(precision, torch.float32), device.type != "mps")
+
+
+def auto_precision(device_type: str, capability: int) -> str:
+    """Return the precision of `auto` for a kind of device and its CUDA compute capability."""
+    if device_type == "cuda":
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
+    return "bf16" if device_type == "cpu" and cpu_has_amx() else "fp32"
 
 
 def cpu_has_amx() -> bool:
-    """Tell whether the CPU multiplies tiles of bfloat16 in hardware (AMX); False where that cannot be told."""
+    """Return whether the CPU multiplies tiles of bfloat16 in hardware; False where unknown."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        flags = re.search(r"^flags[ \t]*:(.*)$", text, re.MULTILINE)
-        return bool(flags and "amx_bf16" in flags[1].split())
+        return bool(re.search(r"^flags[ \t]*:.*\bamx_bf16\b", text, re.MULTILINE))
     return False
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step; elsewhere do nothing.
+CamRule = Callable[[Tensor, Tensor], Tensor]  # activations, gradients (B, C, h, w): (B, h, w) >= 0
 
-    By default the activations of each step go back to Linux, which has to clear them anew: measured at a sixth of the
-    CPU time of a step (DenseNet-169, 8 images of 256 px, a virtual machine), at the same peak of memory.
+
+def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Return relu(sum over channels of mean gradient x activation), times h w (arXiv 1610.02391).
+
+    Times h w its unit is that of the logit: without relu, its mean is the logit less the bias.
     """
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
-            libc.mallopt(parameter, value)
+    return (gradients.sum((2, 3), keepdim=True) * activations).sum(1).relu()
 
 
-# ===== 7 metrics =====================================================================================================
-
-Floats = npt.NDArray[np.float64]
-Drawn = dict[str, Floats]  # figure: its values in R resamples
-
-METRICS = ("auroc", "kappa", "accuracy", "sensitivity", "specificity", "brier", "ece")
-ECE_BINS = 15  # equal-width bins of the probability of abnormal (15 as in Guo et al. 2017, arXiv 1706.04599)
-TAIL = 0.025  # left out at each end of an interval: 95 %
-JACKKNIFE_GROUPS = 200  # groups of patients left out in turn; more would only sharpen a small correction
-CHUNK = 2**19  # weights held at once (4 MB), whatever the number of images and resamples
-TEMPERATURES = (0.05, 20.0)  # range searched
-FOLDS = 5  # of patients, to see whether a temperature pays
-MIN_PATIENTS = 20  # below this, four patients a fold, cross-validation tells nothing
+def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Return relu(sum over channels of relu(gradient) x activation) (10.1109/TIP.2021.3089943)."""
+    return (gradients.relu() * activations).sum(1).relu()
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Labels and probabilities of N images, or of N studies once pooled; every field has length N."""
+class CamMethod:
+    """A class activation map: the product of maps of several stages, or one stage's map.
+
+    A fused map is placed cell by cell and scaled so that its peak is the calibrated log odds of the
+    explained class above the threshold; it is 0 where that class was not predicted. Any other map
+    is enlarged bilinearly, in logits.
+    """
+
+    terms: tuple[tuple[int, CamRule], ...]  # stage and rule of each map
+    unit: str
+    fused: bool = False
+
+
+CAM_METHODS = {
+    "fine": CamMethod(
+        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam)),
+        "peak: log odds above the threshold", fused=True),
+    "gradcam": CamMethod(((3, grad_cam),), "logits"),
+}
+
+
+def stage_maps(
+    network: Network, images: Tensor, method: CamMethod, sign: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return logits (B,) and the map (B, h, w) of each term of a method, from one backward pass.
+
+    Args:
+        network: in evaluation mode.
+        images: normalised, (B, 3, S, S).
+        method: gradients are taken back to its finest stage and no further, and none of weights.
+        sign: (B,), 1 where "abnormal" is explained and -1 where "normal" is.
+    """
+    stages = network.architecture.stages
+    first = min(stage for stage, _ in method.terms)
+    activations = images
+    with torch.no_grad():
+        for stage in stages[: first + 1]:
+            activations = network.run_stage(stage, activations)
+    with torch.enable_grad():
+        outputs = [activations.requires_grad_()]
+        for stage in stages[first + 1 :]:
+            outputs.append(network.run_stage(stage, outputs[-1]))
+        logits = network.classify(outputs[-1])
+        gradients = torch.autograd.grad((sign * logits).sum(), outputs)
+    maps = [rule(outputs[index - first].detach().float(), gradients[index - first].float())
+            for index, rule in method.terms]
+    return logits.detach(), maps
+
+
+def spline_weights(positions: Tensor, count: int) -> Tensor:
+    """Return the weights (P, count) of cells at positions in cells: a cubic B-spline.
+
+    Smooth, never negative and adding up to 1; beyond the outer cells the map stays as it is.
+    """
+    cells = torch.arange(count, device=positions.device)
+    distance = (positions.clamp(0, count - 1)[:, None] - cells).abs()
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    weights = torch.where(distance < 1, near, (2 - distance).clamp(min=0) ** 3 / 6)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def enlarge(maps: Tensor, side: int, stage: Stage) -> Tensor:
+    """Return a stage's maps (B, h, w) on the input's pixels (B, side, side), cells in place."""
+    positions = (torch.arange(side, device=maps.device) - stage.offset) / stage.stride
+    rows, columns = (spline_weights(positions, count) for count in maps.shape[1:])
+    return rows @ maps @ columns.T
+
+
+def peak_of_one(maps: Tensor) -> Tensor:
+    """Return maps (B, H, W) >= 0 scaled to a maximum of 1; zeros, and what is not finite, are 0."""
+    maps = maps.nan_to_num(0, 0, 0)
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)
+
+
+def class_activation_map(
+    network: Network, images: Tensor, method: CamMethod, sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return logits (B,) and heatmaps (B, S, S) of images (B, 3, S, S); see `stage_maps`."""
+    logits, maps = stage_maps(network, images, method, sign)
+    side = images.shape[-1]
+    if not method.fused:
+        return logits, functional.interpolate(maps[0][:, None], (side, side), mode="bilinear")[:, 0]
+    product = torch.ones_like(images[:, 0], dtype=torch.float32)
+    for (index, _), found in zip(method.terms, maps, strict=True):
+        stage = network.architecture.stages[index]
+        product = product * peak_of_one(enlarge(found, side, stage))
+    return logits, peak_of_one(product)
+
+
+def resize_map(heat: np.ndarray, height: int, width: int) -> npt.NDArray[np.float32]:
+    """Return a map (h, w) enlarged or reduced bilinearly to (height, width)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
+    return functional.interpolate(tensor, (height, width), mode="bilinear")[0, 0].numpy()
+
+
+def log_odds_above(probability: float, threshold: float) -> float:
+    """Return how far a probability is above the threshold, as a difference of log odds."""
+    p, t = to_logits(np.array([probability, threshold]).clip(1e-6, 1 - 1e-6))
+    return float(p - t)
+
+
+def strongest_region(heat: np.ndarray) -> Box | None:
+    """Return the box of what hangs together with the peak above half of it; None of a cold map."""
+    if not heat.max() > 0:
+        return None
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    mask = Image.fromarray((heat >= heat.max() / 2).astype(np.uint8)).copy()  # writable
+    ImageDraw.floodfill(mask, (int(x), int(y)), 2)
+    return mask.point(lambda value: value == 2).getbbox()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with all that prediction needs; each keeps its own preprocessing."""
+
+    path: Path
+    network: Network
+    normalization: Normalization
+    image_size: int
+    resize: str
+    tta: bool  # the logit is the mean of those of the image and of its horizontal flip
+    temperature: float = 1.0  # of an image's logit
+    study_temperature: float = 1.0  # of a study's, see `pool_studies`
+    threshold: float = 0.5
+    threshold_source: str = "default"
+    bad_images: int = 0  # of the training set, that could not be read
+    body_parts: tuple[str, ...] = ()  # of the training set
+    patients: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of train and val
+    digest: str = ""  # SHA-256 of the file
+
+    @property
+    def shape(self) -> Shape:
+        """What its input is resized to, and how."""
+        return self.image_size, self.resize
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits (B,) of grey images (B, 1, S, S), 0 to 1."""
+        inputs = self.normalization(images)
+        logits: Tensor = self.network(inputs)
+        return (logits + self.network(inputs.flip(3))) / 2 if self.tta else logits
+
+
+def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -> LoadedModel:
+    """Return a model of this program, ready to predict; `tta` overrules the model's own.
+
+    Raises:
+        UserError: see `read_checkpoint`; or the file lacks something, or holds weights that are
+            not finite.
+    """
+    content = read_checkpoint(path, "model")
+    names = ("image_size", "resize", "tta", "temperature", "study_temperature", "threshold",
+             "threshold_source", "bad_images", "body_parts", "patients")
+    try:
+        with torch.device("meta"):  # no time spent on random weights
+            network = Network(content["model"])
+        network.load_state_dict(content["state_dict"], assign=True)
+        normalization = Normalization(**content["normalization"])
+        values = {name: content[name] for name in names}
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: written by another version of this program "
+                        f"({content.get('version')}); train again") from error
+    require_finite(network.state_dict(), str(path))
+    if tta is not None:
+        values["tta"] = tta
+    network = hardware.prepare(network).eval().requires_grad_(False)
+    return LoadedModel(path, network, normalization, **values, digest=file_digest(path))
+
+
+class Ensemble:
+    """The one way from pixels to answers: one or more models, whose probabilities are averaged.
+
+    Validation, test, --evaluate, --predict, --export and the Python API all come through here.
+
+    Args:
+        models: their networks are on the device of `hardware`.
+        hardware: device and precision.
+    """
+
+    def __init__(self, models: Sequence[LoadedModel], hardware: DevicePrecision) -> None:
+        self.models, self.hardware = tuple(models), hardware
+
+    @property
+    def study_temperature(self) -> float:
+        """The geometric mean of the models' temperatures of studies."""
+        return float(np.exp(np.mean([math.log(model.study_temperature) for model in self.models])))
+
+    def logits(self, images: Sequence[Tensor]) -> Tensor:
+        """Return the logits (members, B) of a batch, on the device.
+
+        Args:
+            images: the same batch for each model, (B, 1, S, S) uint8 on the device.
+        """
+        with torch.inference_mode(), self.hardware.autocast():
+            pairs = zip(self.models, images, strict=True)
+            return torch.stack([model.logits(to_unit(batch)) for model, batch in pairs])
+
+    def probabilities(self, logits: np.ndarray) -> Floats:
+        """Return the members' calibrated probabilities of abnormal, (members, N)."""
+        temperatures = np.array([[model.temperature] for model in self.models])
+        return sigmoid(logits / temperatures)
+
+    def explain(
+        self, images: Sequence[Tensor], method: CamMethod, sign: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits (members, B) of a batch, and each member's heatmaps (B, S, S).
+
+        Args:
+            images: as of `logits`.
+            method: of CAM_METHODS.
+            sign: (B,), 1 where "abnormal" is explained and -1 where "normal" is; so is the map's.
+        """
+        rows, maps = [], []
+        for model, batch in zip(self.models, images, strict=True):
+            inputs = model.normalization(to_unit(batch))
+            explain = partial(class_activation_map, model.network, method=method, sign=sign)
+            with self.hardware.autocast():
+                logits, heat = explain(inputs)
+                if model.tta:
+                    flipped_logits, flipped = explain(inputs.flip(3))
+                    logits, heat = (logits + flipped_logits) / 2, (heat + flipped.flip(2)) / 2
+            rows.append(logits)
+            maps.append(heat * sign[:, None, None] / (1 if method.fused else model.temperature))
+        return torch.stack(rows), maps
+
+    def predict_dataset(
+        self, loaders: Sequence[BatchLoader], batch_size: int, distributed: Distributed,
+        update: Callable[[int], object],
+    ) -> np.ndarray:
+        """Return the logits (members, N) of a data set, each image once however many processes.
+
+        Args:
+            loaders: of the same images for each model.
+            batch_size: images at a time, over all processes.
+            distributed: batches are dealt out to its processes.
+            update: called with the number of images done.
+        """
+        count = len(loaders[0].dataset)
+        share = max(1, batch_size // distributed.world_size)
+        batches = np.array_split(np.arange(count), -(-count // share)) if count else []
+        mine = batches[distributed.rank :: distributed.world_size]
+        results: list[Tensor] = []
+        for images in zip(*(loader(mine) for loader in loaders), strict=True):
+            results.append(self.logits(images))
+            update(len(images[0]))
+        # fetched at the end: fetching makes the device wait
+        found = distributed.gather([logits.cpu().double().numpy() for logits in results])
+        return np.concatenate([np.zeros((len(self.models), 0)), *found], axis=1)
+
+
+# ===== 7 metrics ==================================================================================
+
+Floats = npt.NDArray[np.float64]
+
+ECE_BINS = 15  # equal-width bins of the probability of abnormal (Guo et al. 2017, arXiv 1706.04599)
+TAIL = 0.025  # left out at each end of an interval: 95 %
+MIN_STUDIES = 10  # in each group of cases that a metric rests on; below, no interval
+JACKKNIFE_GROUPS = 200  # groups of patients left out in turn; more only sharpen a small correction
+CHUNK = 2**19  # weights held at once (4 MB), whatever the number of images and resamples
+TEMPERATURES = np.geomspace(0.05, 20, 300)  # steps of 2 %, below its standard error
+FOLDS = 5  # of patients, to see whether a temperature pays
+MIN_PATIENTS = 20  # below this, four patients a fold, cross-validation tells nothing
+INTERVAL_NOTE = (
+    "Intervals: 95 %, bootstrap over patients (BCa; exact where no error was seen). Resamples in "
+    f"which a metric is undefined are dropped. There is no interval where fewer than {MIN_STUDIES} "
+    "studies of a class (for PPV and NPV: with that prediction) stand behind a metric, or where it "
+    "does not vary. That of ECE covers less below about 100 patients.")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels and probabilities of N images, or of N studies once pooled; each field has N."""
 
     path: tuple[str, ...]  # of the image, or of the study
-    part: npt.NDArray[np.str_]  # "XR_ELBOW"
+    body_part: npt.NDArray[np.str_]  # "XR_ELBOW"
     patient: npt.NDArray[np.str_]  # the unit that is resampled
     study: npt.NDArray[np.str_]  # path of the study, unique across body parts
     label: npt.NDArray[np.int64]  # 1 = abnormal
     probability: Floats  # of abnormal
 
-    def take(self, rows: npt.NDArray[Any]) -> Scored:
+    def take(self, rows: npt.NDArray[Any]) -> Predictions:
         """Return the given rows: (K,) integers, or a mask (N,)."""
-        picked = {f.name: np.asarray(getattr(self, f.name))[rows] for f in fields(self)}
-        return Scored(**picked | {"path": tuple(picked["path"].tolist())})
+        taken = {name: np.asarray(column)[rows] for name, column in vars(self).items()}
+        return Predictions(**taken | {"path": tuple(taken["path"].tolist())})
 
 
-def pool_studies(images: Scored) -> Scored:
-    """Average the probabilities of each study's views (arXiv 1712.06957, section 3), in order of first appearance.
+def sigmoid(logits: Floats, temperature: float | Floats = 1.0) -> Floats:
+    """Return probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
+    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # 1 / (1 + exp(-x)) without overflow
+
+
+def to_logits(probability: Floats) -> Floats:
+    """Return log(p / (1 - p)), finite for 0 and 1 too."""
+    inside = np.clip(probability, 1e-300, 1 - 1e-16)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def correct_prevalence(probability: Floats, prevalence: float) -> Floats:
+    """Return the probabilities of a balanced model, corrected for a fraction of abnormal cases.
+
+    The loss weighs both classes alike, so that the model's odds are those among as many normal as
+    abnormal cases. By Bayes' rule the odds in use are p / (1 - p) * prevalence / (1 - prevalence).
+
+    >>> float(correct_prevalence(np.array([0.5]), 0.25)[0])  # odds of 1 to 3
+    0.25
+    """
+    abnormal, normal = probability * prevalence, (1 - probability) * (1 - prevalence)
+    return abnormal / (abnormal + normal)
+
+
+def pool_views(
+    probability: Floats, study: npt.NDArray[Any], temperature: float = 1.0
+) -> Floats:
+    """Return the probability of each study: the mean over its views, then the study temperature.
+
+    Views that err independently tell more together than their mean does. The logit of the mean of
+    n views is divided by T + (1 - T) / n: T is 1 where all views err alike, 0 where each errs by
+    itself (design effect of n correlated measurements, Kish 1965). One view stays as it is, and so
+    does 0.5, at which the paper decides.
+
+    Args:
+        probability: of each view, (N,).
+        study: name or number of each view's study, (N,).
+        temperature: T; 1 gives the plain mean (arXiv 1712.06957, section 3).
+
+    Returns:
+        (S,), in order of first appearance.
+    """
+    _, first, index, views = np.unique(
+        study, return_index=True, return_inverse=True, return_counts=True)
+    mean = np.bincount(index, probability) / views
+    divisor = study_divisor(temperature, views)
+    pooled = np.where(divisor == 1, mean, sigmoid(to_logits(mean), divisor))
+    return pooled[np.argsort(first)]
+
+
+def study_divisor(temperature: float | Floats, views: npt.NDArray[np.intp] | float) -> Floats:
+    """Return T + (1 - T) / views, exactly 1 for one view or T = 1; T for infinitely many views."""
+    return np.asarray(1 - (1 - temperature) * (1 - 1 / views))
+
+
+def pool_studies(images: Predictions, temperature: float = 1.0) -> Predictions:
+    """Return the studies of these images, in order of first appearance; see `pool_views`.
 
     >>> pair = [np.array([x, x]) for x in ("XR_HAND", "patient1", "study1", 1)]
-    >>> pool_studies(Scored(("1.png", "2.png"), *pair, np.array([0.2, 0.6]))).probability.tolist()
+    >>> images = Predictions(("1.png", "2.png"), *pair, np.array([0.2, 0.6]))
+    >>> pool_studies(images).probability.tolist()
     [0.4]
     """
-    _, first, study = np.unique(images.study, return_index=True, return_inverse=True)
-    mean = np.bincount(study, images.probability) / np.bincount(study)
-    order = np.argsort(first)
-    pooled = images.take(first[order])
-    return replace(pooled, path=tuple(pooled.study.tolist()), probability=mean[order])
+    studies = images.take(np.sort(np.unique(images.study, return_index=True)[1]))
+    pooled = pool_views(images.probability, images.study, temperature)
+    return replace(studies, path=tuple(studies.study.tolist()), probability=pooled)
 
 
-def ratio(part: Floats, whole: Floats) -> Floats:
-    """Divide, with NaN where the whole is zero."""
-    quotient: Floats = np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
-    return quotient
+@dataclass(frozen=True)
+class Counts:
+    """Weighted counts of cases in R resamples; every metric is a function of them."""
+
+    tp: Floats  # (R,) abnormal, predicted abnormal
+    fp: Floats
+    fn: Floats
+    tn: Floats
+    total: Floats
+    squared_error: Floats  # (R,) sum over the cases
+    gaps: Floats  # (R, ECE_BINS) sum of label - probability
+    tp_curve: Floats  # (R, K + 1) abnormal cases at or above the k highest distinct probabilities
+    tn_curve: Floats  # (R, K + 1) normal cases below them; all in the first column
+    odds: Floats  # (R,) what an abnormal case counts beside a normal one at --prevalence
 
 
-def auroc(label: npt.NDArray[Any], probability: Floats, weight: Floats | None = None) -> Floats:
-    """Return the area under the ROC curve for each row of weights (R, N): shape (R,), NaN where a class is absent.
-
-    It is the chance that an abnormal case scores above a normal one, ties counting half (Hanley & McNeil 1982).
-
-    >>> auroc(np.array([0, 1, 0, 1]), np.array([0.1, 0.3, 0.3, 0.9]))
-    array([0.875])
-    """
-    weight = np.ones((1, len(label))) if weight is None else weight
-    order = np.argsort(probability, kind="stable")
-    ties = np.flatnonzero(np.diff(probability[order], prepend=-np.inf))
-    weight, abnormal = weight[:, order], label[order]
-    positive = np.add.reduceat(weight * abnormal, ties, axis=1)
-    negative = np.add.reduceat(weight * (1 - abnormal), ties, axis=1)
-    won = (positive * (np.cumsum(negative, axis=1) - negative / 2)).sum(axis=1)
-    return ratio(won, positive.sum(axis=1) * negative.sum(axis=1))
-
-
-def cohen_kappa(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> Floats:
-    """Return agreement beyond chance (Cohen 1960); NaN where chance alone agrees fully. All of shape (R,)."""
-    total = tp + fp + fn + tn
-    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
-    return ratio(total * (tp + tn) - chance, total**2 - chance)
+def count_cases(
+    label: npt.NDArray[Any], probability: Floats, threshold: float, weight: Floats,
+    prevalence: float = math.nan,
+) -> Counts:
+    """Return the counts for each row of weights (R, N): how often each of N cases counts."""
+    gap = label - probability
+    gaps = gap[:, None] * (ece_bin(probability)[:, None] == np.arange(ECE_BINS))
+    order = np.argsort(-probability)
+    ends = np.flatnonzero(np.diff(probability[order], append=-1))  # of ties
+    above = np.zeros((2, len(weight), len(ends) + 1))
+    for curve, chosen in zip(above, (label, 1 - label), strict=True):
+        curve[:, 1:] = np.cumsum((weight * chosen)[:, order], axis=1)[:, ends]
+    predicted = np.sum(probability[order][ends] > threshold)
+    (tp, fp), (abnormal, normal) = above[..., predicted], above[..., -1]
+    return Counts(
+        tp, fp, abnormal - tp, normal - fp, total=abnormal + normal,
+        squared_error=weight @ gap**2, gaps=weight @ gaps,
+        tp_curve=above[0], tn_curve=normal[:, None] - above[1],
+        odds=ratio(normal, abnormal) * prevalence / (1 - prevalence))
 
 
 def ece_bin(probability: Floats) -> npt.NDArray[np.intp]:
@@ -1534,47 +2896,50 @@ def ece_bin(probability: Floats) -> npt.NDArray[np.intp]:
     return np.minimum((probability * ECE_BINS).astype(np.intp), ECE_BINS - 1)
 
 
-def score(label: npt.NDArray[Any], probability: Floats, threshold: float, weight: Floats | None = None) -> Drawn:
-    """Return every figure for each row of weights (R, N), how often each case counts; each figure has shape (R,).
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """Return part / whole, NaN where the whole is zero."""
+    undefined = np.full(part.shape, np.nan)
+    quotient: Floats = np.divide(part, whole, out=undefined, where=whole > 0)
+    return quotient
 
-    Abnormal means probability > threshold (the paper's 'above 0.5'). ECE compares the mean probability of abnormal
-    with the observed frequency in each `ece_bin` and averages the absolute gaps by the cases in the bins. Undefined
-    figures are NaN.
 
-    >>> float(score(np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9]), 0.5)["sensitivity"][0])
-    0.5
-    """
-    weight = np.ones((1, len(label))) if weight is None else weight
-    called, gap = probability > threshold, label - probability
-    binned = gap[:, None] * (ece_bin(probability)[:, None] == np.arange(ECE_BINS))
-    cells = (called * label, called * (1 - label), ~called * label, ~called * (1 - label))
-    sums = weight @ np.column_stack([*cells, gap**2, binned])
-    tp, fp, fn, tn, brier = sums[:, :5].T
+def auroc(c: Counts) -> Floats:
+    """Return the area under the ROC curve, ties counting half (Hanley & McNeil 1982)."""
+    twice = (-np.diff(c.tn_curve) * (c.tp_curve[:, 1:] + c.tp_curve[:, :-1])).sum(axis=1)
+    return ratio(twice / 2, c.tp_curve[:, -1] * c.tn_curve[:, 0])
+
+
+def average_precision(c: Counts) -> Floats:
+    """Return the precision averaged over the steps of recall, not interpolated."""
+    predicted = c.tp_curve + c.tn_curve[:, :1] - c.tn_curve
+    precision = c.tp_curve / np.maximum(predicted, 1e-300)
+    return ratio((np.diff(c.tp_curve) * precision[:, 1:]).sum(axis=1), c.tp_curve[:, -1])
+
+
+def cohen_kappa(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> Floats:
+    """Return agreement beyond chance (Cohen 1960); NaN where chance alone agrees fully."""
     total = tp + fp + fn + tn
-    return {
-        "auroc": auroc(label, probability, weight),
-        "kappa": cohen_kappa(tp, fp, fn, tn),
-        "accuracy": ratio(tp + tn, total),
-        "sensitivity": ratio(tp, tp + fn),
-        "specificity": ratio(tn, tn + fp),
-        "brier": ratio(brier, total),
-        "ece": ratio(np.abs(sums[:, 5:]).sum(axis=1), total),
-    }
+    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
+    return ratio(total * (tp + tn) - chance, total**2 - chance)
 
 
-def score_resampled(rows: Scored, threshold: float, patient: npt.NDArray[Any], weight: npt.NDArray[Any]) -> Drawn:
-    """Return `score` for weights of patients (R, P), a chunk at a time; `patient` (N,) holds each row's index in P."""
-    chunks = np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
-    scores = [score(rows.label, rows.probability, threshold, chunk[:, patient].astype(float)) for chunk in chunks]
-    return {figure: np.concatenate([part[figure] for part in scores]) for figure in METRICS}
+def best_rate(free: Floats, kept: Floats, at_least: float) -> Floats:
+    """Return the highest rate of `free` at a threshold where that of `kept` is `at_least` so high.
+
+    Both are curves of counts (R, K + 1). Only thresholds between cases count: no interpolation.
+    """
+    whole = kept.max(axis=1, keepdims=True)
+    allowed = kept / np.maximum(whole, 1e-300) >= at_least
+    return ratio((free * allowed).max(axis=1), free.max(axis=1) * (whole[:, 0] > 0))
 
 
-def bca_interval(value: float, drawn: Floats, left_out: Floats, patients: int) -> tuple[float, float]:
-    """Return the bias-corrected and accelerated bootstrap interval (BCa; Efron 1987) of a figure.
+def bca_interval(value: float, drawn: Floats, left_out: Floats, patients: int) -> Floats:
+    """Return the bias-corrected and accelerated bootstrap interval (BCa; Efron 1987) of a metric.
 
-    Plain percentiles cover too little near 1 and in small samples. BCa takes the bias from the resamples `drawn` and
-    the skew from the jackknife `left_out`; its normal quantiles are widened to Student's t with n - 1 degrees of
-    freedom, times sqrt(n / (n - 1)), for n patients (Hesterberg 2015, arXiv 1411.5279).
+    Plain percentiles cover too little near 1 and in small samples. BCa takes the bias from the
+    resamples `drawn` and the skew from the jackknife `left_out`; its normal quantiles are widened
+    to Student's t with n - 1 degrees of freedom, times sqrt(n / (n - 1)), for n patients
+    (Hesterberg 2015, arXiv 1411.5279).
     """
     normal, n = NormalDist(), patients
     edge = normal.inv_cdf(1 - TAIL)
@@ -1584,223 +2949,430 @@ def bca_interval(value: float, drawn: Floats, left_out: Floats, patients: int) -
     pull = left_out.mean() - left_out
     skew = float((pull**3).sum() / max(6 * (pull**2).sum() ** 1.5, 1e-300))
     levels = [normal.cdf(bias + z / max(1 - skew * z, 1e-3)) for z in (bias - edge, bias + edge)]
-    low, high = np.quantile(drawn, levels)
-    return float(low), float(high)
+    return np.quantile(drawn, levels)
 
 
-def ece_interval(value: float, drawn: Floats) -> tuple[float, float]:
+def ece_interval(value: float, drawn: Floats, left_out: Floats, patients: int) -> Floats:
     """Return the interval of ECE, an average of absolute gaps, which noise can only raise.
 
-    It is raised in the sample and once more in each resample. Where all of the gap is noise, resampling raises it by
-    the factor sqrt(2): the bias lies between 0 and rise / (sqrt(2) - 1), and each end takes the bound safe for it.
-    From about 100 patients on it covers 95 %; below, bins of one or two cases hide the noise (83 % with 30 patients).
+    It is raised in the sample and once more in each resample. Where all of the gap is noise,
+    resampling raises it by the factor sqrt(2): the bias lies between 0 and rise / (sqrt(2) - 1),
+    and each end takes the bound safe for it. From about 100 patients on it covers 95 %; below, bins
+    of one or two cases hide the noise (83 % with 30 patients).
     """
-    rise = max(0.0, float(drawn.mean()) - value)
+    rise = max(0.0, drawn.mean() - value)
     low, high = np.quantile(drawn, [TAIL, 1 - TAIL]) - rise
-    return max(0.0, float(low) - rise / (2**0.5 - 1)), float(high)
-
-
-def value_and_interval(figure: str, value: float, drawn: Floats, left_out: Floats, rows: Scored) -> dict[str, float | None]:
-    """Return {"value", "low", "high"} of a figure, None where undefined.
-
-    Undefined resamples (a class is absent, say) are dropped; there is no interval where they are the majority, or with
-    one patient. A faultless figure is faultless in every resample, too: its interval is the exact one, up to the
-    error rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson 1934).
-    """
-    defined, patients = drawn[np.isfinite(drawn)], len(np.unique(rows.patient))
-    left_out = left_out[np.isfinite(left_out)]
-    if np.isnan(value) or len(defined) < len(drawn) / 2 or not len(left_out):
-        return {"value": None if np.isnan(value) else value, "low": None, "high": None}
-    ends = ece_interval(value, defined) if figure == "ece" else bca_interval(value, defined, left_out, patients)
-    low, high = min(value, *ends), max(value, *ends)
-    if figure not in ("ece", "brier") and (value == 1 or (value == 0 and figure != "kappa")):
-        abnormal, normal = (len(np.unique(rows.patient[rows.label == label])) for label in (1, 0))
-        support = {"accuracy": patients, "sensitivity": abnormal, "specificity": normal}
-        unseen = 1 - TAIL ** (1 / support.get(figure, min(abnormal, normal)))
-        low, high = (min(low, 1 - unseen), high) if value > 0 else (low, max(high, unseen))
-    return {"value": value, "low": low, "high": high}
-
-
-def bootstrap(rows: Scored, threshold: float, resamples: int, seed: int) -> dict[str, Any]:
-    """Return every figure with its 95 % interval from resampled patients, who bring all their images or studies.
-
-    Also `count` and `positives` (of rows), `patients`, and `undefined`: the resamples that left some figure undefined.
-    Patients are drawn in the order of their names, so the order of the rows does not matter.
-    """
-    names, patient = np.unique(rows.patient, return_inverse=True)
-    n, random = len(names), np.random.default_rng(seed)
-    value = score(rows.label, rows.probability, threshold)
-    drawn = left_out = {figure: np.empty(0) for figure in METRICS}
-    if n > 1:
-        counts = [np.bincount(random.integers(n, size=n), minlength=n).astype(np.int16) for _ in range(resamples)]
-        drawn = score_resampled(rows, threshold, patient, np.array(counts))
-        group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
-        left_out = score_resampled(rows, threshold, patient, np.arange(n) % len(group) != group)
-    undefined = np.isnan(np.stack(list(drawn.values()))).any(axis=0).sum()
-    sizes = {"count": len(patient), "positives": rows.label.sum(), "patients": n, "undefined": undefined}
-    return {name: int(size) for name, size in sizes.items()} | {
-        name: value_and_interval(name, float(value[name][0]), drawn[name], left_out[name], rows) for name in METRICS
-    }
-
-
-def evaluate(images: Scored, threshold: float, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return {"levels": {"image", "study"}, "parts": {part: {"image", "study"}}}, each as `bootstrap` describes."""
-
-    def levels(chosen: Scored) -> dict[str, Any]:
-        """Bootstrap images, and the studies they make up."""
-        both = {"image": chosen, "study": pool_studies(chosen)}
-        return {level: bootstrap(rows, threshold, resamples, seed) for level, rows in both.items()}
-
-    parts = {str(part): levels(images.take(images.part == part)) for part in np.unique(images.part)}
-    return {"levels": levels(images), "parts": parts}
-
-
-def sigmoid(logits: Floats, temperature: float = 1.0) -> Floats:
-    """Turn logits (N,) into probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
-    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # the same as 1 / (1 + exp(-x)), without overflow
-
-
-def likeliest_temperature(logit: Floats, label: npt.NDArray[Any]) -> float:
-    """Return the T that minimises the log loss of logit / T, by bisection: the loss is convex in 1 / T."""
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = np.mean(logit * (sigmoid(logit, 1 / middle) - label))
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return 2 / (low + high)
-
-
-def fit_temperature(logit: Floats, label: npt.NDArray[Any], patient: npt.NDArray[Any]) -> float:
-    """Return the temperature T that calibrates logit / T (Guo et al. 2017, arXiv 1706.04599), or 1.0.
-
-    It is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation by patient the log
-    loss has to fall, per patient, by more than its standard error. Also 1.0 with one class, few patients, or labels
-    that the sign of the logit explains without fault, which leave T without a lower bound.
-    """
-    names, index = np.unique(patient, return_inverse=True)
-    if len(names) < MIN_PATIENTS or len(np.unique(label)) < 2:
-        return 1.0
-    fold = (np.random.default_rng(0).permutation(len(names)) % FOLDS)[index]
-    held_out = np.array([likeliest_temperature(logit[fold != k], label[fold != k]) for k in range(FOLDS)])[fold]
-    wrong = np.where(label == 1, -logit, logit)
-    gain = np.bincount(index, np.logaddexp(0, wrong) - np.logaddexp(0, wrong / held_out))
-    fitted = likeliest_temperature(logit, label)
-    bounded = TEMPERATURES[0] * 1.01 < fitted < TEMPERATURES[1] / 1.01
-    return fitted if bounded and gain.mean() > gain.std(ddof=1) / len(names) ** 0.5 else 1.0
-
-
-def best_threshold(label: npt.NDArray[Any], probability: Floats) -> float:
-    """Return the threshold of highest kappa: midway between neighbouring probabilities, or 0.5 if none is better.
-
-    Ties go to the one nearest to 0.5; meant for the pooled studies of val.
-
-    >>> best_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.9]))
-    0.25
-    """
-    levels = np.unique(probability)
-    middle = (levels[1:] + levels[:-1]) / 2
-    candidates = np.append(np.where(middle < levels[1:], middle, levels[:-1]), 0.5)
-    abnormal, normal = (np.sort(probability[label == value]) for value in (1, 0))
-    fn, tn = (np.searchsorted(group, candidates, side="right").astype(float) for group in (abnormal, normal))
-    kappa = cohen_kappa(len(abnormal) - fn, len(normal) - tn, fn, tn)
-    if not (len(abnormal) and len(normal)):  # kappa is 0 or undefined everywhere
-        return 0.5
-    best = candidates[kappa == np.nanmax(kappa)]
-    return float(best[np.argmin(np.abs(best - 0.5))])
-
-
-# ===== 8 train and predict loops =====================================================================================
-
-
-class Stopped(BaseException):
-    """Raised between batches after SIGINT or SIGTERM; a BaseException, so that no handler of errors takes it for one."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
-
-
-class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them, so that the loops can stop between two batches.
-
-    A second Ctrl-C ends the process the plain way; SIGTERM may come several times, from torchrun and from a scheduler.
-    In a thread other than the main one nothing is installed.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-        with contextlib.suppress(ValueError):
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, self._note)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.signum:
-            raise Stopped(self.signum)
+    return np.array([max(0.0, low - rise / (2**0.5 - 1)), high])
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes of a torchrun job, or this one alone; torch.distributed's environment variables tell."""
+class Metric:
+    """One metric; report, intervals and terminal text follow from its entry in METRICS."""
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    heading: str
+    function: Callable[[Counts], Floats]  # value in each resample (R,), NaN where undefined
+    at_threshold: bool = True  # False: the same at every threshold
+    groups: tuple[str, ...] = ("abnormal", "normal")  # of cases, that it rests on: see group_sizes
+    bounds: tuple[float, float] = (0.0, 1.0)  # its worst and its best value
+    interval: Callable[[float, Floats, Floats, int], Floats] = bca_interval
+    at_prevalence: bool = False  # of the classes mixed as --prevalence says, where that is given
 
-    @staticmethod
-    def from_environment() -> Processes:
-        """Read what torchrun set."""
-        given = os.environ
-        return Processes(int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1)), int(given.get("LOCAL_RANK", 0)))
 
-    def start(self, device: torch.device) -> None:
-        """Join the other processes: NCCL on CUDA, gloo elsewhere. The first may decode for hours while the others wait."""
-        if self.world > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current device
-            patience = timedelta(hours=12)
-            store, rank, world = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, so that all count alike
-                # torchrun keeps one store for all its restarts, and a restart would meet the dead processes' addresses there
-                attempt = f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-                store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+METRICS = {
+    "auroc": Metric("AUROC", auroc, at_threshold=False),
+    "kappa": Metric(
+        "kappa", lambda c: cohen_kappa(c.tp, c.fp, c.fn, c.tn), bounds=(-1.0, 1.0)),
+    "sensitivity": Metric(
+        "sensitivity", lambda c: ratio(c.tp, c.tp + c.fn), groups=("abnormal",)),
+    "specificity": Metric(
+        "specificity", lambda c: ratio(c.tn, c.tn + c.fp), groups=("normal",)),
+    "accuracy": Metric("accuracy", lambda c: ratio(c.tp + c.tn, c.total), groups=("all",)),
+    "f1": Metric("F1", lambda c: ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn)),
+    "ppv": Metric("PPV", lambda c: ratio(c.tp, c.tp + c.fp), groups=("predicted abnormal",)),
+    "npv": Metric("NPV", lambda c: ratio(c.tn, c.tn + c.fn), groups=("predicted normal",)),
+    "ppv_at_prevalence": Metric(
+        "PPV at prevalence",
+        lambda c: ratio(c.odds * c.tp, c.odds * c.tp + c.fp), at_prevalence=True),
+    "npv_at_prevalence": Metric(
+        "NPV at prevalence", lambda c: ratio(c.tn, c.tn + c.odds * c.fn), at_prevalence=True),
+    "average_precision": Metric("average precision", average_precision, at_threshold=False),
+    "sensitivity_at_specificity_90": Metric(
+        "sensitivity at specificity 0.90",
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.90), at_threshold=False),
+    "sensitivity_at_specificity_95": Metric(
+        "sensitivity at specificity 0.95",
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.95), at_threshold=False),
+    "specificity_at_sensitivity_90": Metric(
+        "specificity at sensitivity 0.90",
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.90), at_threshold=False),
+    "specificity_at_sensitivity_95": Metric(
+        "specificity at sensitivity 0.95",
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.95), at_threshold=False),
+    "brier": Metric(
+        "Brier score", lambda c: ratio(c.squared_error, c.total),
+        at_threshold=False, groups=("all",)),
+    "ece": Metric(
+        "ECE", lambda c: ratio(np.abs(c.gaps).sum(axis=1), c.total),
+        at_threshold=False, groups=("all",), interval=ece_interval),
+}
+HEADLINE = ("auroc", "kappa", "sensitivity", "specificity")  # of body parts and of comparisons
 
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
 
-    def total(self, values: Tensor) -> list[float]:
-        """Sum (n,) float64 values over all processes."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values.tolist()
+def compute_metrics(
+    label: npt.NDArray[Any], probability: Floats, threshold: float, weight: Floats | None = None,
+    prevalence: float | None = None,
+) -> dict[str, Floats]:
+    """Return every metric for each row of weights (R, N), how often each case counts: (R,).
 
-    def gather(self, mine: list[np.ndarray]) -> list[np.ndarray]:
-        """Interleave the processes' lists: the i-th item of process r becomes item i * world + r."""
-        if self.world == 1:
-            return mine
-        lists: list[list[np.ndarray]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(lists, mine)
-        return [item for items in itertools.zip_longest(*lists) for item in items if item is not None]
+    Abnormal means probability > threshold (the paper's 'above 0.5'). ECE compares the mean
+    probability of abnormal with the observed frequency in each `ece_bin`. NaN where undefined.
 
-    def same_buffers(self, network: nn.Module) -> None:
-        """Give every process the first one's running statistics, so that all evaluate the same network."""
-        if self.world > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+    Args:
+        label: 0 or 1, (N,).
+        probability: of abnormal, (N,).
+        threshold: for the metrics `at_threshold`.
+        weight: (R, N); without, R is 1 and every case counts once.
+        prevalence: adds the metrics `at_prevalence`.
+
+    >>> found = compute_metrics(np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9]), threshold=0.5)
+    >>> float(found["sensitivity"][0])
+    0.5
+    """
+    weight = np.ones((1, len(label))) if weight is None else weight
+    counts = count_cases(label, probability, threshold, weight, prevalence or math.nan)
+    return {
+        name: metric.function(counts) for name, metric in METRICS.items()
+        if prevalence or not metric.at_prevalence
+    }
+
+
+def resample(
+    rows: Predictions, threshold: float, resamples: int, seed: int, prevalence: float | None = None
+) -> dict[str, Floats]:
+    """Return every metric as it is, in R resamples of patients, and with G groups of them left out.
+
+    A patient brings all images or studies. Patients are drawn in the order of their names, so the
+    order of the rows does not matter, and two models get the same resamples.
+
+    Returns:
+        metric: (1 + R + G,)
+    """
+    names, patient = np.unique(rows.patient, return_inverse=True)
+    n, random = len(names), np.random.default_rng(seed)
+    drawn = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(resamples)]
+    group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
+    weight = np.vstack([np.ones(n), *drawn, np.arange(n) % len(group) != group]).astype(np.int16)
+    found = [
+        compute_metrics(
+            rows.label, rows.probability, threshold, chunk[:, patient].astype(float), prevalence)
+        for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
+    ]
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def group_sizes(rows: Predictions, threshold: float) -> dict[str, tuple[int, int]]:
+    """Return the numbers of patients and of studies in each group that a metric may rest on."""
+    predicted = rows.probability > threshold
+    groups = {
+        "all": rows.label >= 0, "abnormal": rows.label == 1, "normal": rows.label == 0,
+        "predicted abnormal": predicted, "predicted normal": ~predicted}
+    return {
+        name: (len(np.unique(rows.patient[chosen])), len(np.unique(rows.study[chosen])))
+        for name, chosen in groups.items()
+    }
+
+
+def with_interval(
+    metric: Metric, values: Floats, resamples: int, sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, float | None]:
+    """Return {"value", "low", "high"}, None where undefined; see INTERVAL_NOTE.
+
+    A faultless value is faultless in every resample: its interval is the exact one, up to the error
+    rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson 1934).
+
+    Args:
+        metric: what the values are of.
+        values: see `resample`.
+        resamples: how many of the values come from resamples.
+        sizes: see `group_sizes`.
+    """
+    value, (drawn, left_out) = float(values[0]), np.split(values[1:], [resamples])
+    defined, left_out = drawn[np.isfinite(drawn)], left_out[np.isfinite(left_out)]
+    patients, studies = np.min([sizes[name] for name in metric.groups], axis=0)
+    enough = studies >= MIN_STUDIES and len(left_out)
+    exact = value in metric.bounds and not metric.at_prevalence
+    if not enough or not (exact or np.ptp(defined) > 1e-9):
+        return {"value": None if math.isnan(value) else value, "low": None, "high": None}
+    unseen = 1 - TAIL ** (1 / patients) if exact else 0.0
+    ends = metric.interval(value, defined, left_out, sizes["all"][0])
+    ends = np.append(ends, [value - unseen, value + unseen]).clip(*metric.bounds)
+    return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
+
+
+def evaluate(
+    images: Predictions, threshold: float, *, study_temperature: float = 1.0, resamples: int = 1000,
+    seed: int = 0, prevalence: float | None = None,
+) -> dict[str, Any]:
+    """Return `prevalence`, `levels.{image,study}`, `body_parts.PART.{image,study}` of the report.
+
+    Each level holds `count`, `positives`, `patients` and every metric as {"value", "low", "high"}.
+
+    Args:
+        images: one or more, their probabilities calibrated.
+        threshold: abnormal is above it, for images as for studies.
+        study_temperature: see `pool_views`.
+        resamples: of the patients, for the 95 % intervals.
+        seed: of the resamples.
+        prevalence: of abnormal cases where the model is to be used.
+    """
+
+    def level(rows: Predictions) -> dict[str, Any]:
+        sizes = group_sizes(rows, threshold)
+        values = resample(rows, threshold, resamples, seed, prevalence)
+        return {
+            "count": len(rows.label), "positives": int(rows.label.sum()),
+            "patients": sizes["all"][0],
+            **{k: with_interval(METRICS[k], v, resamples, sizes) for k, v in values.items()},
+        }
+
+    def levels(rows: Predictions) -> dict[str, Any]:
+        return {"image": level(rows), "study": level(pool_studies(rows, study_temperature))}
+
+    parts = np.unique(images.body_part).tolist()
+    body_parts = {part: levels(images.take(images.body_part == part)) for part in parts}
+    return {"prevalence": prevalence, "levels": levels(images), "body_parts": body_parts}
+
+
+def compare(
+    reference: Predictions, other: Predictions, threshold: float, resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
+    """Return other - reference in each headline metric, {"value", "low", "high"}, paired.
+
+    Args:
+        reference: the studies of the first model.
+        other: those of another model: the same ones in the same order.
+        threshold: abnormal is above it, for both.
+        resamples: of the patients, the same for both.
+        seed: of the resamples.
+    """
+    if np.array_equal(reference.probability, other.probability):
+        return {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in HEADLINE}
+    sizes = group_sizes(reference, threshold)
+    first, second = (resample(rows, threshold, resamples, seed) for rows in (reference, other))
+    differences = {name: replace(METRICS[name], bounds=(-2.0, 2.0)) for name in HEADLINE}
+    return {
+        name: with_interval(metric, second[name] - first[name], resamples, sizes)
+        for name, metric in differences.items()
+    }
+
+
+def fit_temperature(
+    logits: Floats, label: npt.NDArray[Any], patient: npt.NDArray[Any],
+    views: npt.NDArray[np.intp] | float = math.inf,
+) -> float:
+    """Return the temperature T of logits of images (arXiv 1706.04599) or of means of views, or 1.0.
+
+    It is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation
+    by patient the log loss has to fall, per patient, by more than its standard error. Also 1.0 with
+    one class, few patients, or logits whose sign is always right or always wrong: T has no bound.
+    """
+    names, index = np.unique(patient, return_inverse=True)
+    wrong = np.where(label == 1, -logits, logits)  # above 0 where the sign is wrong
+    views = np.broadcast_to(views, wrong.shape)
+    if len(names) < MIN_PATIENTS or len(np.unique(label)) < 2 or not wrong.min() < 0 < wrong.max():
+        return 1.0
+    fold = (np.random.default_rng(0).permutation(len(names)) % FOLDS)[index]
+    others = [fold != k for k in range(FOLDS)]
+    held_out = np.array([likeliest_temperature(wrong[rows], views[rows]) for rows in others])[fold]
+    calibrated = wrong / study_divisor(held_out, views)
+    gain = np.bincount(index, np.logaddexp(0, wrong) - np.logaddexp(0, calibrated))
+    pays = gain.mean() > gain.std(ddof=1) / len(names) ** 0.5
+    return likeliest_temperature(wrong, views) if pays else 1.0
+
+
+def likeliest_temperature(wrong: Floats, views: npt.NDArray[Any]) -> float:
+    """Return the T of TEMPERATURES of least log loss, log(1 + exp(wrong / divisor))."""
+    losses = [np.logaddexp(0, wrong / study_divisor(t, views)).mean() for t in TEMPERATURES]
+    return float(TEMPERATURES[np.argmin(losses)])
+
+
+def fit_study_temperature(images: Predictions) -> float:
+    """Return the temperature of `pool_views`, 1.0 if none pays; images are calibrated before."""
+    studies = pool_studies(images)
+    names, counts = np.unique(images.study, return_counts=True)
+    views = counts[np.searchsorted(names, studies.study)]
+    return fit_temperature(
+        to_logits(studies.probability), studies.label, studies.patient, views)
+
+
+def choose_threshold(rule: str, studies: Predictions) -> float:
+    """Return the threshold that a rule chooses on these studies; 0.5 where they are of one class.
+
+    It lies midway between neighbouring probabilities, or at 0.5 where that divides the studies
+    likewise; of equally good ones it is the nearest to 0.5.
+
+    Args:
+        rule: "auto": highest kappa. "sens=0.95": highest specificity with a sensitivity of at least
+            0.95. "spec=0.95": highest sensitivity with a specificity of at least 0.95.
+        studies: pooled and calibrated.
+
+    >>> names = np.array(["a", "b", "c", "d"])
+    >>> label, probability = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.9])
+    >>> choose_threshold("auto", Predictions(tuple(names), *[names] * 3, label, probability))
+    0.25
+    """
+    if len(np.unique(studies.label)) < 2:
+        return 0.5
+    counts = count_cases(
+        studies.label, studies.probability, 0.5, np.ones((1, len(studies.label))))
+    tp, tn = counts.tp_curve[0], counts.tn_curve[0]
+    bounds = np.concatenate([[1.0], -np.unique(-studies.probability), [0.0]])
+    upper, lower = bounds[:-1], bounds[1:]
+    middle = (upper + lower) / 2
+    thresholds = np.where(middle < upper, middle, lower)
+    thresholds[(lower <= 0.5) & (upper > 0.5)] = 0.5
+    goals = [cohen_kappa(tp, tn[0] - tn, tp[-1] - tp, tn)]
+    if rule != "auto":
+        name, wanted = rule.split("=")
+        rates = {"sens": tp / tp[-1], "spec": tn / tn[0]}
+        kept = rates.pop(name)
+        goals = [np.minimum(kept, float(wanted)), *rates.values(), kept]
+    best = np.lexsort([np.abs(thresholds - 0.5), *(-goal for goal in reversed(goals))])[0]
+    return float(thresholds[best])
+
+
+def format_value(entry: Mapping[str, Any], digits: int = 3) -> str:
+    """Return a metric with its interval, '-' where undefined.
+
+    >>> format_value({"value": 0.92912, "low": 0.9014, "high": 0.95})
+    '0.929 [0.901,0.950]'
+    """
+    value, low, high = (
+        "-" if entry[key] is None else f"{entry[key]:.{digits}f}"
+        for key in ("value", "low", "high"))
+    return value if low == "-" else f"{value} [{low},{high}]"
+
+
+def table_lines(rows: Iterable[Sequence[str]], first: int, others: int) -> list[str]:
+    """Return rows as lines, the first and each of the other cells padded to so many columns."""
+    return [
+        (row[0].ljust(first) + "".join(cell.ljust(others) for cell in row[1:])).rstrip()
+        for row in rows
+    ]
+
+
+def headline_table(heading: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return lines of the headline metrics: of body parts, of models or of differences."""
+    rows = [[heading, *(METRICS[name].heading for name in HEADLINE)]]
+    for name, entry in entries.items():
+        values = [format_value(entry[key], digits=2) for key in HEADLINE]
+        rows.append([shorten(name, 19), *values])
+    return ["", *table_lines(rows, 20, 20)] if entries else []
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Return the terminal text of a report, at most 100 columns; its notes stay in the file."""
+    study, image = report["levels"]["study"], report["levels"]["image"]
+    levels = {"studies": study} if study == image else {"studies": study, "images": image}
+    rows = [["", *levels]]
+    for name in (name for name in METRICS if name in study):
+        mark = " *" if METRICS[name].at_threshold else ""
+        values = [format_value(level[name]) for level in levels.values()]
+        rows.append([METRICS[name].heading + mark, *values])
+    parts = {
+        f"{name} ({entry['study']['count']})": entry["study"]
+        for name, entry in report["body_parts"].items()}
+    models = {name: entry["study"] for name, entry in report.get("models", {}).items()}
+    at = f"; prevalence {report['prevalence']:.3g}" if report["prevalence"] else ""
+    return "\n".join([
+        f"{report['split']}: {study['count']} studies ({study['positives']} abnormal) of "
+        f"{study['patients']} patients",
+        *table_lines(rows, 34, 24),
+        f"* abnormal above {report['threshold']:.3g} ({report['threshold_source']}){at}",
+        *(headline_table("body part (studies)", parts) if len(parts) > 1 else []),
+        *headline_table("model", models),
+        *headline_table("minus the first", report.get("differences", {})),
+        "[low,high]: 95 %, bootstrap over patients; none if too few studies or undefined (-)",
+    ])
+# ===== 8 training =================================================================================
+
+SELECTION = {  # --select: column of the history, and whether more (1) or less (-1) is better
+    "accuracy": ("val_accuracy", 1), "auroc": ("val_auroc", 1), "kappa": ("val_kappa", 1),
+    "loss": ("val_loss", -1),
+}
+RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
+             ".report.json", ".report.png")
+
+
+def class_weights(records: Sequence[ImageRecord]) -> dict[str, tuple[float, float]]:
+    """Return each body part's loss weights (normal, abnormal), twice those of the paper.
+
+    With A abnormal and N normal training images of the part they are 2 A / (A + N) and
+    2 N / (A + N) (arXiv 1712.06957, section 3.1), so that the loss at chance is log 2 = 0.69.
+
+    Raises:
+        UserError: the images are all of one class.
+    """
+    for label, name in enumerate(CLASSES):
+        if label not in {record.label for record in records}:
+            raise UserError(f"no training image is {name}; training needs both classes")
+    totals = Counter(record.body_part for record in records)
+    abnormal = Counter(record.body_part for record in records if record.label)
+    weights = {}
+    for part, total in totals.items():
+        share = abnormal[part] / total
+        if share in (0, 1):
+            warn(f"{part}: all training images are {CLASSES[int(share)]}, so they have no weight "
+                 "in the loss; leave the body part out with --tasks")
+        weights[part] = (2 * share, 2 * (1 - share))
+    return weights
+
+
+def image_weights(
+    records: Sequence[ImageRecord], weights: Mapping[str, tuple[float, float]]
+) -> npt.NDArray[np.float32]:
+    """Return each image's weight in the loss, (N,); 1 where a body part has no training image."""
+    found = [weights.get(record.body_part, (1, 1))[record.label] for record in records]
+    return np.array(found, np.float32)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of the weighted binary cross-entropies of images; all of shape (B,)."""
+    return functional.binary_cross_entropy_with_logits(
+        logits.float(), labels, weights, reduction="sum")
+
+
+def poly_factor(step: int, total: int, warmup: float) -> float:
+    """Return the learning rate of a step, counted from 0, as a fraction of its peak.
+
+    Linear warm-up, then polynomial decay of power 2: it falls sooner than half a cosine, so that
+    the networks of the last epochs, of which one is kept, are all near their best.
+
+    >>> [round(poly_factor(step, 10, 0.2), 2) for step in range(10)]
+    [0.5, 1.0, 1.0, 0.77, 0.56, 0.39, 0.25, 0.14, 0.06, 0.02]
+    """
+    rise = round(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    return (1 - min(1.0, (step - rise) / max(1, total - rise))) ** 2
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step; elsewhere do nothing.
+
+    By default the activations of each step go back to Linux, which has to clear them again: a sixth
+    of the CPU time of a step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):
+            libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
 
 
 @dataclass
-class Progress:
-    """Where a training run stands: all that changes besides the tensors, as plain values that a checkpoint can hold."""
+class TrainState:
+    """All that changes during training besides tensors, as plain values that a file can hold."""
 
     epoch: int = 0  # epochs finished, validation included
     batch: int = 0  # batches finished in the current epoch
@@ -1810,1866 +3382,2216 @@ class Progress:
     seconds: float = 0.0  # spent in the current epoch
     lr: float = 0.0  # of the last step
     best_epoch: int = 0
+    model_digest: str = ""  # SHA-256 of STEM.pth
     history: list[dict[str, float | None]] = field(default_factory=list)
-
-    def add(self, loss: float, correct: float, seen: float) -> None:
-        """Count a batch in."""
-        self.batch += 1
-        self.loss, self.correct, self.seen = self.loss + loss, self.correct + correct, self.seen + seen
-
-    def end_epoch(self, row: dict[str, float | None]) -> bool:
-        """Close the epoch with its row of the history; tell whether it is the best: by val's accuracy, ties by its loss."""
-        self.history.append(row)
-        rank = [(entry["val_accuracy"] or 0, -(entry["val_loss"] or 0)) for entry in self.history]
-        best = rank[-1] > max(rank[:-1], default=(-1, 0))
-        self.epoch, self.batch, self.loss, self.correct, self.seen, self.seconds = self.epoch + 1, 0, 0, 0, 0, 0
-        self.best_epoch = self.epoch if best else self.best_epoch
-        return best
-
-
-def loss_weights(views: Sequence[View], weights: dict[str, tuple[float, float]]) -> np.ndarray:
-    """Look up each image's weight in the loss, (N,) float32; a body part without training images weighs 1/2 and 1/2."""
-    return np.array([weights.get(view.part, (0.5, 0.5))[view.label] for view in views], dtype=np.float32)
-
-
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum -w1 y log p - w0 (1 - y) log(1 - p) over images (arXiv 1712.06957, section 3.1); all (B,), p = sigmoid(logits)."""
-    return functional.binary_cross_entropy_with_logits(logits.float(), labels, weights, reduction="sum")
-
-
-def quadratic_factor(step: int, total: int, warmup: float) -> float:
-    """Give the learning rate of a step, counted from 0, as a share of its peak: a linear rise, then the square of what is left.
-
-    It falls sooner than half a cosine, so that the networks of the last epochs, of which one is kept, are all near their best.
-
-    >>> [round(quadratic_factor(step, 10, 0.2), 2) for step in range(10)]
-    [0.5, 1.0, 1.0, 0.77, 0.56, 0.39, 0.25, 0.14, 0.06, 0.02]
-    """
-    rise = round(warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    return (1 - min(1.0, (step - rise) / max(1, total - rise))) ** 2
 
 
 class Trainer:
-    """Takes optimiser steps; keeps the network, the optimiser, the schedule and the progress of a run.
+    """A training run: the network, its optimiser, and the files of the run.
 
     Args:
-        network: on its device.
         config: the hyper-parameters.
-        arithmetic: device and precision.
-        normalization: of the images.
-        steps: optimiser steps of the whole run.
-        processes: this and the others; a batch is shared among them.
-    """
-
-    def __init__(
-        self, network: Network, config: Config, arithmetic: Arithmetic, normalization: Normalization, steps: int,
-        processes: Processes,
-    ) -> None:
-        self.network, self.arithmetic, self.normalization, self.processes = network, arithmetic, normalization, processes
-        self.config, self.accumulate = config, config.accumulate
-        self.progress = Progress()
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=arithmetic.device.type != "mps"
-        )
-        self.schedule: LambdaLR | ReduceLROnPlateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=0)
-        if config.schedule == "quadratic":
-            self.schedule = LambdaLR(self.optimizer, partial(quadratic_factor, total=steps, warmup=config.warmup))
-        self.forward: nn.Module = network
-        if arithmetic.device.type == "cpu":
-            keep_freed_memory()
-        torch.backends.cudnn.benchmark = True  # trying kernels pays here: batches have two sizes at most
-        if processes.world > 1:
-            ids = [arithmetic.device] if arithmetic.device.type == "cuda" else None
-            self.forward = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-        if config.compile:
-            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def backward(
-        self, images: Tensor, labels: Tensor, weights: Tensor, drawn: Tensor, count: int, own: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of this process's share of a batch; the step itself is `update`.
-
-        When the card's memory is short, the share is computed in twice as many parts: the same batch, the same gradient but
-        for batch normalisation, which then sees smaller parts.
-
-        Args:
-            images: (b, 1, S, S) uint8.
-            labels: (b,) float.
-            weights: (b,) of the loss.
-            drawn: (b, 4) augmentation.
-            count: images of the batch over all processes.
-            own: share that an image keeps of itself; the rest is the next one of `images`, in pixels and in the loss.
-
-        Returns:
-            The sum of the losses and the number of correct images, by their own labels, as tensors.
-
-        Raises:
-            UserError: out of memory where it cannot be helped.
-        """
-        while True:
-            try:
-                return self._accumulate((images, labels, weights, drawn), count, own)
-            except torch.OutOfMemoryError as error:
-                fits = -(-len(images) // (2 * self.accumulate))
-                if self.processes.world > 1 or self.accumulate >= len(images):
-                    splits = self.accumulate < len(images)
-                    advice = f"--accumulate {2 * self.accumulate}" if splits else "a smaller --image-size"
-                    raise UserError(f"out of memory on {self.arithmetic.device}: use {advice}", EXIT_FAILED) from error
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            self.accumulate = min(2 * self.accumulate, len(images))
-            note(f"out of memory: batches are now computed in {self.accumulate} parts of at most {fits} images (as "
-                 f"--accumulate {self.accumulate} does); the batch size stays")
-
-    def _accumulate(self, batch: tuple[Tensor, ...], count: int, own: float) -> tuple[Tensor, Tensor]:
-        parts = min(self.accumulate, len(batch[0]))
-        following = [values.roll(-1, 0) for values in batch] if own < 1 else []
-        pieces = list(zip(*(values.tensor_split(parts) for values in (*batch, *following)), strict=True))
-        precise = torch.float32 if self.arithmetic.device.type == "mps" else torch.float64  # MPS has no float64
-        loss_sum = correct = torch.zeros((), device=self.arithmetic.device, dtype=precise)
-        for i, (pixels, truth, weight, variation, *following_piece) in enumerate(pieces):
-            unsynced = self.processes.world > 1 and i < parts - 1
-            with self.forward.no_sync() if unsynced else contextlib.nullcontext():  # type: ignore[operator]
-                images = augment(to_unit(pixels), variation)
-                if own < 1:
-                    other, other_truth, other_weight, other_variation = following_piece
-                    images = torch.lerp(augment(to_unit(other), other_variation), images, own)
-                with self.arithmetic.autocast():
-                    logits = self.forward(self.normalization(images))
-                loss = weighted_loss(logits, truth, weight)
-                if own < 1:
-                    loss = torch.lerp(weighted_loss(logits, other_truth, other_weight), loss, own)
-                torch.autograd.backward(loss * (self.processes.world / count))  # DDP averages over processes
-            loss_sum = loss_sum + loss.detach()
-            correct = correct + ((logits.detach() > 0) == (truth > 0.5)).sum()
-        return loss_sum, correct
-
-    def update(self) -> None:
-        """Take the optimiser step, and the one of a schedule that goes by steps."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if isinstance(self.schedule, LambdaLR):
-            self.schedule.step()
-
-    def end_epoch(self, row: dict[str, float | None]) -> bool:
-        """Close the epoch with its row of the history, for a schedule that goes by it, too; tell whether it is the best."""
-        if isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step(float(row["val_loss"] or 0))
-        return self.progress.end_epoch(row)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give all that a continued run needs."""
-        return {
-            "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "accumulate": self.accumulate,
-            "schedule": self.schedule.state_dict(), "progress": asdict(self.progress),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.accumulate, self.progress = max(self.accumulate, state["accumulate"]), Progress(**state["progress"])
-
-
-def train_epoch(
-    trainer: Trainer, feed: Feed, weights: np.ndarray, stop: StopSignals, after_batch: Callable[[bool], object]
-) -> None:
-    """Train on what is left of the current epoch.
-
-    Args:
-        trainer: its progress says where to begin, and is brought forward; its options hold batch size and seed.
-        feed: the training images.
-        weights: (N,) of each image in the loss.
-        stop: a signal to any process stops all of them after the same batch.
-        after_batch: called when a batch is done, with whether to stop, on which all processes agree; may raise to do so.
-
-    Raises:
-        UserError: the loss is not finite; the weights are as they were before that batch.
-    """
-    config, progress, processes, device = trainer.config, trainer.progress, trainer.processes, trainer.arithmetic.device
-    trainer.network.train()
-    batches = epoch_batches(len(feed.dataset), config.batch_size, config.seed, progress.epoch)
-    if min(map(len, batches)) < processes.world:
-        raise UserError(f"--batch-size {config.batch_size}: too small for {processes.world} processes")
-    todo = range(progress.batch, len(batches))
-    images = feed([batches[number][processes.rank :: processes.world] for number in todo])
-    clock = time.perf_counter()
-    for number, pixels in zip(todo, images, strict=True):
-        batch = batches[number]
-        mine = batch[processes.rank :: processes.world]
-        drawn = draw_variation(config, len(batch), progress.epoch, number)[processes.rank :: processes.world]
-        given = (torch.from_numpy(feed.dataset.labels[mine]).float(), torch.from_numpy(weights[mine]), drawn)
-        labels, weight, drawn = (values.to(device, non_blocking=True) for values in given)  # none waits
-        own = draw_own_share(config, progress.epoch, number)
-        loss, correct = trainer.backward(pixels, labels, weight, drawn, len(batch), own)
-        sums = processes.total(torch.stack([loss, correct, *loss.new_tensor([len(mine), stop.signum])]))
-        if not math.isfinite(sums[0]):
-            names = ", ".join(feed.dataset.views[i].name for i in batch)
-            raise UserError(f"the loss is not finite in epoch {progress.epoch + 1}; nothing was changed by this batch: "
-                            f"{names}. Try a new run with a lower --lr or --precision fp32, or see these files", EXIT_FAILED)
-        progress.lr = trainer.lr
-        trainer.update()
-        progress.add(*sums[:3])
-        now = time.perf_counter()
-        progress.seconds, clock = progress.seconds + now - clock, now
-        stopping = bool(sums[3] if processes.world > 1 else stop.signum)
-        stop.signum = stop.signum or int(stopping and signal.SIGTERM)
-        after_batch(stopping)
-
-
-@torch.no_grad()
-def settle_statistics(
-    network: Network, feed: Feed, arithmetic: Arithmetic, normalization: Normalization, batch_size: int, images: int, seed: int,
-    tick: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Take the running statistics of batch normalisation anew, from training images as they are (arXiv 2105.07576, section 3).
-
-    While the network learns they follow small batches of varied images. New images are not varied: they would meet statistics
-    that are not theirs, and every logit would be shifted (14 networks on real knees: settled, accuracy on new patients rises by
-    0.011 +- 0.003, the log loss falls by 0.041 +- 0.008, AUROC stays). The weights stay as they are.
-
-    Args:
-        network: it is put into training mode.
-        feed: the training images.
-        arithmetic: device and precision.
-        normalization: of the images.
-        batch_size: images at a time; the statistics are the mean over these batches.
-        images: how many are used, at most; with 0 the statistics stay, too.
-        seed: of the choice of images; equal in all processes, so that their statistics are.
-        tick: called with the number of images done.
-    """
-    chosen = np.random.default_rng([STATISTICS, seed]).permutation(len(feed.dataset))[:images]
-    if not len(chosen):
-        return
-
-    def inputs() -> Iterator[Tensor]:
-        """Normalise batch after batch."""
-        for pixels in feed(np.array_split(chosen, -(-len(chosen) // batch_size))):
-            yield normalization(to_unit(pixels))
-            tick(len(pixels))
-
-    network.train()
-    with arithmetic.autocast():
-        torch.optim.swa_utils.update_bn(inputs(), network)
-
-
-@torch.inference_mode()
-def predict_logits(
-    network: Network, feed: Feed, arithmetic: Arithmetic, normalization: Normalization, batch_size: int, *, tta: bool = False,
-    processes: Processes = Processes(), tick: Callable[[int], object] = lambda count: None,
-) -> np.ndarray:
-    """Compute the logit of every image, (N,) float64, exactly once each, however many processes share the work.
-
-    Args:
-        network: it is put into evaluation mode.
-        feed: the images.
-        arithmetic: device and precision.
-        normalization: of the images.
-        batch_size: images at a time, over all processes.
-        tta: average with the logit of the mirror image.
-        processes: batches are dealt out to them.
-        tick: called with the number of images done.
-    """
-    network.eval()
-    count, share = len(feed.dataset), max(1, batch_size // processes.world)
-    batches = np.array_split(np.arange(count), -(-count // share))[processes.rank :: processes.world] if count else []
-    mine: list[Tensor] = []
-    for indices, pixels in zip(batches, feed(batches), strict=True):
-        images = normalization(to_unit(pixels))
-        with arithmetic.autocast():
-            mine.append(logits_of(network, images, tta=tta))  # fetched at the end: fetching makes the device wait
-        tick(len(indices))
-    return np.concatenate([np.zeros(0), *processes.gather([logits.cpu().double().numpy() for logits in mine])])
-
-
-def as_scored(views: Sequence[View], probability: np.ndarray) -> Scored:
-    """Put views and their probabilities (N,) side by side for the metrics."""
-    columns = ([getattr(view, name) for view in views] for name in ("part", "patient", "study", "label"))
-    part, patient, study, label = (np.array(column) for column in columns)
-    return Scored(tuple(view.name for view in views), part, patient, study, label.astype(np.int64), probability)
-
-
-# ===== 9 files =======================================================================================================
-
-CHECKSUM_MARK = b"sha256:"  # before the hexadecimal digits at the end of a checkpoint
-STALE_SECONDS = 3600  # a temporary file this old was left by a process that was killed
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name only when it is whole and on the disk; before that, the old one stays.
-
-    Its mode follows the umask. Folders are made as needed.
-
-    Raises:
-        UserError: no space, no permission, not a folder; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # pids repeat among containers
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # another process may be faster
-                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                    stale.unlink()
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            temporary.unlink()
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Make the error that names a file that cannot be written, and the remedy."""
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another place", EXIT_FAILED)
-
-
-def require_place(path: Path) -> None:
-    """See before long work that `atomic_write` will be able to make a file at its end.
-
-    Raises:
-        UserError: as there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError(None, "a folder")
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows atomically; None and NaN become empty cells, floats come back as they were."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: None if value != value else value for key, value in row.items()})
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))  # a file's name may be any bytes
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically; NaN is refused rather than written."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-
-
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write what torch.save can hold, with the sha256 of the whole file in the comment at the end of its zip archive.
-
-    torch.load reads the file as it is; read_tensors verifies the checksum first.
-    """
-    buffer = io.BytesIO()
-    torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
-    data = buffer.getvalue()[:-2] + struct.pack("<H", len(CHECKSUM_MARK) + 64)  # the comment's length closes the archive
-    with atomic_write(path) as file:
-        file.write(data)
-        file.write(CHECKSUM_MARK + hashlib.sha256(data).hexdigest().encode())
-
-
-def read_tensors(path: Path, kind: str) -> dict[str, Any]:
-    """Read a file of this program: "model" (STEM.pth) or "state" (STEM.last.pth). Never runs code from the file.
-
-    Raises:
-        UserError: missing, truncated, damaged by as much as one bit, or not of this program and kind.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{path}: cannot be read ({reason}); --checkpoint wants the .pth file that training wrote") from error
-    archive, mark, checksum = data.rpartition(CHECKSUM_MARK)
-    if not mark or len(checksum) != 64:
-        raise UserError(f"{path}: is not a checkpoint of this program, or is truncated; use a file that training wrote")
-    if hashlib.sha256(archive).hexdigest().encode() != checksum:
-        raise UserError(f"{path}: damaged (its checksum does not match); restore it from a copy, or train again")
-    content = load_safely(io.BytesIO(data), path)
-    if content.get("format") != PROGRAM or content.get("kind") != kind:
-        wanted = "a model (STEM.pth)" if kind == "model" else "a saved state (STEM.last.pth)"
-        raise UserError(f"{path}: is not {wanted} of this program")
-    return content
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Read the file of --weights: a torchvision state_dict, or a model of this program.
-
-    Raises:
-        UserError: missing, damaged, or neither.
-    """
-    if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; give imagenet, none, or a file with a state_dict")
-    with path.open("rb") as file:
-        content = load_safely(file, path)
-    return read_tensors(path, "model") if content.get("format") == PROGRAM else content  # ours: with its checksum verified
-
-
-def load_safely(file: IO[bytes], path: Path) -> dict[str, Any]:
-    """Unpickle tensors and plain values, nothing else: a pickle that would run code is refused and runs none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, key, type and runtime errors: torch.load names none of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "holds other things than tensors and plain values"
-        raise UserError(f"{path}: cannot be loaded as weights ({reason}); it is damaged, unsafe, or something else") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights by name")
-    return content
-
-
-@dataclass(frozen=True)
-class Member:
-    """A trained model as prediction needs it: alone, or one of an ensemble; each keeps its own preprocessing."""
-
-    path: Path
-    network: Network
-    normalization: Normalization
-    image_size: int
-    fit: str
-    temperature: float
-    threshold: float
-    threshold_source: str
-    tta: bool  # a logit is the mean of those of the image and its mirror image
-    bad_images: int  # of the training set, that could not be read
-    parts: list[str]  # body parts of the training set
-    patients: dict[str, list[str]]  # of train and val
-
-
-def load_member(path: Path, arithmetic: Arithmetic, model: str | None = None) -> Member:
-    """Load a model of this program, ready to predict.
-
-    Raises:
-        UserError: see read_tensors; or the file lacks something, or is not of the architecture `model`.
-    """
-    content = {"tta": False} | read_tensors(path, "model")  # models of before it was kept
-    if model and content.get("model") != model:
-        raise UserError(f"{path}: is a {content.get('model')}, but --model says {model}; leave --model out")
-    try:
-        with torch.device("meta"):  # no time spent on random weights
-            network = Network(content["model"])
-        network.load_state_dict(content["state_dict"], assign=True)
-        given = content["normalization"]
-        normalization = Normalization(given["kind"], tuple(given["mean"]), tuple(given["std"]))
-        names = ("image_size", "fit", "temperature", "threshold", "threshold_source", "tta", "bad_images", "parts", "patients")
-        member = Member(path, arithmetic.prepare(network).eval(), normalization, *(content[name] for name in names))
-        known = content["model"] in ("densenet169", "resnet50") and member.fit in ("stretch", "letterbox")
-        in_range = member.image_size > 0 and member.temperature > 0 and 0 <= member.threshold <= 1
-        whole = {"train", "val"} <= set(member.patients) and len(normalization.mean) == len(normalization.std) == 3
-        if not (known and in_range and whole):
-            raise TypeError("holds what this version does not know")
-        return member
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        version = content.get("version")
-        raise UserError(f"{path}: written by another version of this program ({version}); train again") from error
-
-
-# ===== 10 Grad-CAM ===================================================================================================
-
-
-def grad_cam(network: Network, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Explain logits by Grad-CAM (arXiv 1610.02391, section 3), exactly and without hooks.
-
-    With A the rectified feature maps (C, h, w) of the last stage, the weight of a channel is the mean over the map of
-    d logit / dA, and the evidence is the sum over channels of weight * A. Grad-CAM's map of `abnormal` is relu(evidence), that
-    of `normal`, whose score is -logit, relu(-evidence): one pass serves both. Only pooling and the linear unit are
-    differentiated, so a batch costs no more than its forward pass.
-
-    Args:
-        network: in evaluation mode.
-        images: (B, 3, S, S), normalised.
-
-    Returns:
-        logits (B,), and evidence (B, h, w) scaled by h * w to the unit of the logit: its mean is the logit less the bias.
-    """
-    with torch.no_grad():
-        features = network.features(images).float()
-    with torch.enable_grad():
-        features.requires_grad_()
-        logits = network.classify(features)
-        (gradient,) = torch.autograd.grad(logits.sum(), features)
-    weights = gradient.sum((2, 3), keepdim=True)  # h * w times the mean
-    return logits.detach(), (weights * features.detach()).sum(1)
-
-
-def heat_on_image(evidence: Tensor, size: int, fit: str, height: int, width: int) -> np.ndarray:
-    """Bring evidence (h, w) from the network's square input of `size` px to the original's pixels, (height, width) float32."""
-    left, top, right, bottom = letterbox_box(height, width, size, fit)
-    square = functional.interpolate(evidence[None, None], (size, size), mode="bilinear", align_corners=False)
-    content = square[:, :, top:bottom, left:right]
-    return functional.interpolate(content, (height, width), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
-
-
-# ===== 11 figures ====================================================================================================
-
-FAINT = 4.0  # logits: what would move 0.5 to 0.98 if the whole map were so; weaker maps are shown on this scale
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One view to show: what was seen, what was said, and why."""
-
-    pixels: np.ndarray  # (H, W) uint8, the original
-    heat: np.ndarray  # (H, W) float, logits, >= 0
-    title: str
-    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom of a known lesion, pixels
-
-
-def draw_history(history: Sequence[dict[str, float | None]], file: IO[bytes]) -> None:
-    """Draw loss and accuracy of train and val, and AUROC and kappa of val, over epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    curves = (("loss", ("train_loss", "val_loss")), ("accuracy", ("train_accuracy", "val_accuracy")),
-              ("study level", ("val_auroc", "val_kappa")))
-    epochs = np.array([row["epoch"] for row in history], float)
-    for axes, (title, names) in zip(figure.subplots(1, 3), curves, strict=True):
-        for name in names:
-            values = np.array([row[name] for row in history], float)  # None becomes NaN, a gap
-            axes.plot(epochs, values, marker="o", markersize=3, label=name.replace("_", " "))
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(file, format="png", dpi=120)
-
-
-def draw_explanation(figure: Any, panels: Sequence[Panel], heading: str, heat_label: str) -> None:
-    """Fill a matplotlib figure with a row of original | heatmap | overlay for each view.
-
-    Heat is drawn on one scale, 0 to the strongest of these maps but no less than FAINT, so that a faint map stays faint and an
-    empty one stays empty; the overlay's opacity follows the same scale.
-    """
-    from matplotlib.patches import Rectangle
-
-    top = max(FAINT, *(float(panel.heat.max()) for panel in panels))
-    # a $ in a file's name is no formula, and a name may be bytes that are no text
-    figure.suptitle(heading.encode(errors="replace").decode(), fontsize=11, parse_math=False)
-    grid = figure.subplots(len(panels), 3, squeeze=False)
-    for row, panel in zip(grid, panels, strict=True):
-        for axes, title in zip(row, (panel.title, "heatmap", "overlay"), strict=True):
-            axes.set_title(title.encode(errors="replace").decode(), fontsize=9, parse_math=False)
-            axes.set_axis_off()
-        for axes in row[::2]:
-            axes.imshow(panel.pixels, cmap="gray", vmin=0, vmax=255)
-            if panel.box:
-                left, upper, right, lower = panel.box
-                axes.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor="cyan"))
-        shown = row[1].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top)
-        row[2].imshow(panel.heat, cmap="inferno", vmin=0, vmax=top, alpha=0.65 * panel.heat / top)
-    figure.colorbar(shown, ax=grid[:, 1:].ravel().tolist(), label=heat_label, shrink=0.8)
-
-
-def require_matplotlib() -> None:
-    """Import matplotlib before the long work, not only when its figures are due.
-
-    Raises:
-        UserError: MPLBACKEND names what matplotlib does not know; it then refuses even to save a file.
-    """
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ValueError as error:
-        name = os.environ.get("MPLBACKEND")
-        raise UserError(f"MPLBACKEND={name}: matplotlib knows no such backend; unset it, or set it to Agg") from error
-
-
-def can_show(config: Config) -> bool:
-    """Tell whether a window can open: a terminal, an interactive backend (MPLBACKEND counts), and no --no-show."""
-    if config.no_show or not sys.stdout.isatty():
-        return False
-    from matplotlib import pyplot
-    from matplotlib.backends.registry import BackendFilter, backend_registry
-
-    backend = pyplot.get_backend()
-    known: Any = backend_registry
-    with contextlib.suppress(ImportError):  # what MPLBACKEND names may lack its display or its toolkit
-        pyplot.switch_backend(backend)
-        return backend.lower() in {name.lower() for name in known.list_builtin(BackendFilter.INTERACTIVE)}
-    return False
-
-
-def save_explanation(path: Path, panels: Sequence[Panel], heading: str, heat_label: str, *, show: bool) -> None:
-    """Save the figure; with `show` also leave it open for pyplot.show()."""
-    from matplotlib.figure import Figure
-
-    shape = (10.5, 0.7 + 3.4 * len(panels))
-    figure: Any = Figure(figsize=shape, layout="constrained")
-    if show:
-        from matplotlib import pyplot  # slow to import, and only windows need it
-
-        figure = pyplot.figure(figsize=shape, layout="constrained")
-    draw_explanation(figure, panels, heading, heat_label)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=110)
-
-
-HEADINGS = dict(zip(METRICS, ("AUROC", "kappa", "accuracy", "sensitivity", "specificity", "Brier", "ECE"), strict=True))
-DECISION, RANKING = METRICS[1:5], ("auroc", "brier", "ece")  # figures that depend on the threshold, and that do not
-PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito 2008: distinct to the colour-blind
-STYLE: dict[Any, Any] = {
-    "font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.fontsize": 6.5, "legend.edgecolor": "none", "pdf.fonttype": 42, "svg.fonttype": "none",  # text stays text
-}
-
-
-def format_figure(figure: dict[str, Any]) -> str:
-    """Write a figure with its interval, or '-' where undefined.
-
-    >>> format_figure({"value": 0.92912, "low": 0.9014, "high": 0.95})
-    '0.929 [0.901,0.950]'
-    """
-    if figure["value"] is None:
-        return "-"
-    pattern = "{value:.3f}" if figure["low"] is None else "{value:.3f} [{low:.3f},{high:.3f}]"
-    return pattern.format(**figure)
-
-
-def shorten(name: str, width: int) -> str:
-    """Cut the middle out of a name that is too long; its ends tell it apart."""
-    return name if len(name) <= width else f"{name[: width // 2]}~{name[len(name) - (width - 1) // 2 :]}"
-
-
-def table_lines(report: dict[str, Any], level: str, figures: tuple[str, ...], sizes: dict[str, str]) -> list[str]:
-    """Write figures of one level: overall, each member of an ensemble, each part; `sizes` maps keys to headings."""
-    members = [(f" {name}", levels) for name, levels in report.get("members", {}).items()]
-    rows = [["", *(f"{size:>8}" for size in sizes.values()), *(HEADINGS[figure] for figure in figures)]]
-    for name, levels in [("overall", report["levels"]), *members, *report["parts"].items()]:
-        counts = [f"{levels[level][size]:>8}" for size in sizes]
-        rows.append([shorten(name, 13), *counts, *(format_figure(levels[level][figure]) for figure in figures)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def format_table(report: dict[str, Any]) -> str:
-    """Write every figure at study and at image level, and the notes, in at most 100 columns."""
-    lines, threshold = [], f"{report['threshold']:.3g} (threshold: {report['threshold_source']})"
-    for level, heading in (("study", "Studies (mean over their views)"), ("image", "Images")):
-        sizes = {"count": "studies" if level == "study" else "images", "positives": "abnormal"}
-        lines += [heading, *table_lines(report, level, RANKING, sizes), ""]
-        lines += [f"{heading}, abnormal above {threshold}", *table_lines(report, level, DECISION, {}), ""]
-    lines.append("[low,high]: 95 % interval, bootstrap over patients; -: undefined")
-    for text in report["notes"]:
-        lines += textwrap.wrap(text, 100)
-    return "\n".join(lines)
-
-
-def error_bars(figures: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
-    """Return values (N,), and how far their intervals reach below and above (2, N); NaN where there is none."""
-    value, low, high = (np.array([figure[key] for figure in figures], float) for key in ("value", "low", "high"))
-    return value, np.array([value - low, high - value])
-
-
-def draw_roc(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
-    """Draw the ROC curve, the operating point with its intervals, and the paper's point."""
-    found = report["levels"]["study"]
-    order = np.argsort(-studies.probability, kind="stable")
-    ties = np.flatnonzero(np.diff(studies.probability[order], append=-1))
-    hits, alarms = (np.append(0, np.cumsum(studies.label[order] == value)[ties]) for value in (1, 0))
-    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
-    if hits[-1] and alarms[-1]:
-        curve = f"this model: AUROC {format_figure(found['auroc'])}"
-        axes.plot(alarms / alarms[-1], hits / hits[-1], color=BLUE, linewidth=1.2, label=curve)
-        (y, x), reach = error_bars([found["sensitivity"], found["specificity"]])
-        point = f"above {report['threshold']:.3g}: sensitivity {y:.3f}, specificity {x:.3f}"
-        aside = reach[::-1, 1:]  # the other way round, as is 1 - specificity
-        axes.errorbar(1 - x, y, reach[:, :1], aside, fmt="o", color=BLUE, markersize=5, elinewidth=0.8, label=point)
-    else:
-        axes.text(0.5, 0.3, "no curve: one class only", ha="center", color=GREY)
-    paper = f"MURA paper, its hidden test set of 207 studies:\nanother test set (AUROC {PAPER['auroc']})"
-    axes.errorbar(1 - PAPER["specificity"], PAPER["sensitivity"], fmt="*", color=RED, markersize=9, label=paper)
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="a  ROC", aspect="equal")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.legend(loc="lower right", borderpad=0, borderaxespad=0.2)
-
-
-def draw_confusion(axes: Axes, report: dict[str, Any], studies: Scored) -> None:
-    """Draw counts and row percentages, labelled against called."""
-    called = (studies.probability > report["threshold"]).astype(int)
-    cells = np.bincount(2 * studies.label + called, minlength=4).reshape(2, 2)
-    share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(cells):
-        percent = f"{100 * share[row, column]:.1f} %" if cells[row].any() else "-"
-        colour = "white" if share[row, column] > 0.55 else "black"
-        axes.text(column, row, f"{count}\n{percent}", ha="center", va="center", color=colour, fontsize=10)
-    axes.set_xticks([0, 1], CLASSES)
-    axes.set_yticks([0, 1], CLASSES, rotation=90, va="center")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set(xlabel=f"called (above {report['threshold']:.3g})", ylabel="label", title="b  Confusion matrix")
-
-
-def draw_reliability(axes: Axes, below: Axes, report: dict[str, Any], studies: Scored) -> None:
-    """Draw the observed fraction of abnormal against the probability, and the number of studies in each bin of ECE."""
-    bins = ece_bin(studies.probability)
-    counts = np.bincount(bins, minlength=ECE_BINS)
-    used = counts > 0
-    mean, observed = (np.bincount(bins, x, ECE_BINS)[used] / counts[used] for x in (studies.probability, studies.label))
-    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=0.6)
-    axes.plot(mean, observed, "o-", color=BLUE, markersize=4, linewidth=1)
-    axes.text(0, 1, f"ECE {format_figure(report['levels']['study']['ece'])}", va="top", fontsize=7)
-    axes.set(ylim=(-0.03, 1.03), ylabel="fraction abnormal", title="c  Reliability")
-    axes.tick_params(labelbottom=False)
-    below.sharex(axes)
-    bars = below.bar((np.arange(ECE_BINS) + 0.5) / ECE_BINS, counts, width=0.9 / ECE_BINS, color=BLUE)
-    below.bar_label(bars, [str(count or "") for count in counts], fontsize=5.5, padding=1)
-    below.set(xlabel="probability of abnormal", ylabel="studies", xlim=(-0.02, 1.02), ylim=(0, 1.3 * counts.max()))
-
-
-def draw_kappa(axes: Axes, report: dict[str, Any]) -> None:
-    """Draw kappa with its intervals, overall and by body part, of studies and of images."""
-    rows = {"overall": report["levels"], **report["parts"]}
-    for level, marker, colour, shift in (("study", "o", BLUE, -0.14), ("image", "s", GREY, 0.14)):
-        kappa, reach = error_bars([levels[level]["kappa"] for levels in rows.values()])
-        y = np.arange(len(rows)) + shift
-        axes.errorbar(kappa, y, xerr=reach, fmt=marker, color=colour, markersize=4, elinewidth=1, label=f"{level} level")
-        for place in y[np.isnan(kappa)]:
-            axes.text(0.01, place, "undefined", va="center", color=colour, fontsize=6)
-    names = [f"{shorten(name.removeprefix('XR_').lower(), 16)} ({levels['study']['count']})" for name, levels in rows.items()]
-    axes.set_yticks(range(len(rows)), names)
-    axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
-    axes.axhline(0.5, color=GREY, linewidth=0.4)
-    axes.set(xlim=(min(-0.02, axes.get_xlim()[0]), 1.02), ylim=(len(rows) - 0.5, -0.5))
-    axes.set(xlabel="Cohen's kappa, 95 % interval", ylabel="body part (studies)", title="d  Kappa")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
-
-
-def draw_report(report: dict[str, Any], images: Scored, target: Path | IO[bytes]) -> None:
-    """Draw ROC, confusion matrix, reliability and kappa of the studies to a path, or as PNG to an open binary file."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    studies, found = pool_studies(images), report["levels"]["study"]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 7.2), layout="constrained")  # inches: two columns of a journal's page
-        axes = figure.subplot_mosaic("ab;cd;nd", height_ratios=[4, 3, 1])
-        draw_roc(axes["a"], report, studies)
-        draw_confusion(axes["b"], report, studies)
-        draw_reliability(axes["c"], axes["n"], report, studies)
-        draw_kappa(axes["d"], report)
-        sizes = f"{found['count']} studies ({found['positives']} abnormal), patients: {found['patients']}"
-        figure.suptitle(f"Study level, {report['split']}: {sizes}", fontsize=9)
-        figure.savefig(target, dpi=200)
-
-
-# ===== 12 phantoms ===================================================================================================
-
-Bone = tuple[float, float, float, float]  # offset across, half-width, start, end along; unit: half the long side
-Field = np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (H, W) a value for each pixel
-VALID_PATIENT = 11185  # first patient number of valid/, as in MURA
-LESION_COLUMNS = ("path", "kind", "left", "top", "right", "bottom")  # of phantoms.csv
-PHANTOM_LIST = "phantoms.csv"  # tells a folder of phantoms from radiographs, which are never written over
-PHANTOM_BONES: dict[str, tuple[Bone, ...]] = {
-    "XR_FOREARM": ((-0.20, 0.115, -2, 0.62), (0.20, 0.095, -2, 0.58), (-0.27, 0.12, 0.70, 0.93),
-                   (0.0, 0.12, 0.69, 0.92), (0.25, 0.11, 0.68, 0.90)),
-    "XR_HUMERUS": ((0.0, 0.165, -2, 0.62), (-0.15, 0.11, 0.72, 2), (0.16, 0.12, 0.68, 2)),
-    "XR_WRIST": ((-0.21, 0.145, -2, 0.30), (0.22, 0.12, -2, 0.25), (-0.30, 0.13, 0.39, 0.62), (-0.02, 0.12, 0.38, 0.60),
-                 (0.24, 0.12, 0.36, 0.60), (-0.26, 0.085, 0.69, 2), (0.0, 0.08, 0.67, 2), (0.25, 0.075, 0.68, 2)),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """What makes a phantom abnormal: its kind and where it lies, in pixels of the image."""
-
-    kind: str  # one of LESIONS
-    box: tuple[int, int, int, int]  # left, top, right, bottom; right and bottom exclusive
-
-
-def _tube(u: Field, v: Field, bone: Bone) -> Field:
-    """Attenuation (H, W) of a hollow bone: the path through a cylinder less most of that through its marrow."""
-    centre, width, start, end = bone
-    inside = (np.abs(v - centre) < 1.5 * width) & (start < u) & (u < end)
-    across, near_end = (v[inside] - centre) ** 2, np.minimum(u[inside] - start, end - u[inside]) / width
-    flare = np.exp(-(np.minimum(near_end / 1.6, 9) ** 2))
-    outer = width * (1 + 0.45 * flare) * np.sqrt(np.minimum(near_end / 0.6, 1))
-    inner = np.maximum(outer - width * (0.38 - 0.26 * flare), 0)  # cortex: thick in the shaft, thin at the joint
-    path = np.sqrt(np.maximum(outer**2 - across, 0)) - 0.8 * np.sqrt(np.maximum(inner**2 - across, 0))
-    attenuation = np.zeros_like(u)
-    attenuation[inside] = path * (1.35 / (width + 0.05))  # thick limbs are exposed longer
-    return attenuation
-
-
-def _fracture(rng: np.random.Generator, u: Field, v: Field, bone: Bone, at: float) -> tuple[Field, Field]:
-    """Break the shaft along a jagged slanting line; the far fragment steps aside and tilts back to its joint."""
-    centre, width, _, end = bone
-    across = v - centre
-    jag = 0.12 * width * np.sin(across * (rng.uniform(4, 8) / width) + rng.uniform(0, 6))
-    beyond = u - at - rng.uniform(-0.7, 0.7) * across - jag
-    step = float(rng.choice((-1, 1))) * rng.uniform(0.55, 0.95) * width
-    moved = _tube(u, v - step * (beyond > 0) * (1 - (u - at) / (end - at)).clip(0, 1), bone)
-    gap = np.exp(-((beyond / (rng.uniform(0.18, 0.3) * width)) ** 2))
-    site = (np.abs(beyond) < 0.7 * width) & (np.abs(across - step / 2) < 1.1 * width + abs(step) / 2)
-    return moved * (1 - 0.9 * gap) - _tube(u, v, bone), site
-
-
-def _lytic(rng: np.random.Generator, u: Field, v: Field, bone: Bone, at: float) -> tuple[Field, Field]:
-    """Eat a hole with a wavy rim out of marrow and cortex."""
-    centre, width, _, _ = bone
-    du, dv = u - at, v - centre - rng.uniform(-0.3, 0.3) * width
-    angle = np.arctan2(dv, du)
-    rim = 1 + sum(rng.uniform(0.03, 0.12) * np.sin(k * angle + rng.uniform(0, 6)) for k in (2, 3, 5))
-    depth = (rim - np.hypot(du / rng.uniform(1.1, 1.7), dv) / (rng.uniform(0.75, 0.95) * width)) * 5
-    return -0.9 * depth.clip(0, 1) * _tube(u, v, bone), (depth > 0) & (np.abs(v - centre) < width)
-
-
-def _hardware(rng: np.random.Generator, u: Field, v: Field, bone: Bone, at: float) -> tuple[Field, Field]:
-    """Lay a plate along one cortex, with screws that reach the other."""
-    centre, width, _, _ = bone
-    along, across = u - at, (v - centre) * float(rng.choice((-1, 1)))  # the plate lies where across is positive
-    count, pitch = int(rng.integers(4, 7)), rng.uniform(0.75, 0.95) * width
-    length = count * pitch / 2  # from the middle to either end
-    plate = np.maximum(np.abs(along) - length, np.abs(across - 1.15 * width) - 0.2 * width)
-    screw = np.maximum(np.abs((along + length) % pitch - pitch / 2) - 0.11 * width, np.abs(along) - length)
-    metal = np.minimum(plate, np.maximum(screw, np.abs(across - 0.1 * width) - 1.15 * width))  # below 0 inside
-    covered = (0.5 - metal / 0.008).clip(0, 1)  # the edge is about a pixel wide at 256 px
-    return 5 * covered, covered > 0
-
-
-LESIONS = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}  # each: change of attenuation and its site, (H, W)
-
-
-def _texture(rng: np.random.Generator, cells: int, shape: tuple[int, int]) -> Field:
-    """Smooth random field (H, W) of about unit spread; `cells` across."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
-    return np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC))
-
-
-def _turned(rng: np.random.Generator, shape: tuple[int, int], degrees: float, shift: float) -> tuple[Field, Field]:
-    """Coordinates (H, W) down and across axes turned and shifted by up to that; unit: half the image's long side."""
-    angle = np.radians(rng.uniform(-degrees, degrees))
-    y, x = (
-        ((np.arange(n) - (n - 1) / 2) * (2 / max(shape)) - rng.uniform(-shift, shift)).astype(np.float32) for n in shape
-    )
-    c, s = np.cos(angle, dtype=np.float32), np.sin(angle, dtype=np.float32)
-    return c * y[:, None] + s * x, c * x - s * y[:, None]
-
-
-def _expose(rng: np.random.Generator, attenuation: Field, grain: Field) -> Image.Image:
-    """Film of an attenuation (H, W): exposure, noise that grows with attenuation, collimation, blur."""
-    height, width = attenuation.shape
-    film = 1 - np.exp(-rng.uniform(0.75, 1.25) * attenuation)
-    film = rng.uniform(0.02, 0.08) + 0.93 * film + rng.uniform(0.012, 0.03) * grain * (1 + 1.5 * film)
-    for place, side in zip(_turned(rng, (height, width), 4, 0.04), (height, width), strict=True):
-        edge = rng.uniform(0.84, 1.1) * side / max(height, width)  # beyond 1 no border shows
-        film = 0.02 + (film - 0.02) * ((edge - np.abs(place)) * 60).clip(0, 1)
-    image = Image.fromarray((film * 255).clip(0, 255).astype(np.uint8))
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.9) * max(height, width) / 256))
-
-
-def _draw_marker(rng: np.random.Generator, image: Image.Image) -> None:
-    """Put a lead letter for the side of the body beside the limb."""
-    place = float(rng.choice((0.12, 0.8))) * image.width, rng.uniform(0.12, 0.75) * image.height
-    font = ImageFont.load_default(0.09 * max(image.size))
-    ImageDraw.Draw(image).text(place, str(rng.choice(("L", "R"))), 235, font)
-
-
-def draw_phantom(
-    rng: np.random.Generator, abnormal: bool, size: int = 256, part: str = "XR_FOREARM", kind: str = ""
-) -> tuple[np.ndarray, Lesion | None]:
-    """Draw a radiograph (H, W) uint8 whose long side is `size`; with equal `rng`, normal and abnormal are twins.
-
-    A lesion of `kind` (any of LESIONS if empty) is all that sets an abnormal image apart from its normal twin.
-    """
-    base, own = rng.spawn(2)  # the lesion's own draws leave pose, exposure, grain and marker as they are
-    shape = size, int(size * base.uniform(0.72, 0.9))
-    scale = base.uniform(0.95, 1.2)
-    u, v = (axis / scale for axis in _turned(base, shape, 18, 0.1))
-    v = v * float(base.choice((-1, 1))) + base.uniform(-0.05, 0.05) * u**2  # mirrored or not, slightly bowed
-    bones = [(c, w * base.uniform(0.9, 1.12), a, b) for c, w, a, b in PHANTOM_BONES[part]]
-    reach = max(abs(c) + w for c, w, _, _ in bones) * base.uniform(1.25, 1.5)
-    reach = reach * (1 + 0.1 * np.sin(2 * u + base.uniform(0, 6)))  # muscle bulges
-    flesh = 0.42 * np.sqrt((1 - (v / reach) ** 2).clip(0)) * (1 + 0.06 * _texture(base, 9, shape))
-    spongy = 1 + 0.09 * _texture(base, size // 5, shape) + 0.05 * _texture(base, 12, shape)
-    bony, lesion = np.sum([_tube(u, v, bone) for bone in bones], axis=0), None
-    if abnormal:
-        kind = kind or str(own.choice(list(LESIONS)))
-        bone = bones[int(own.choice([i for i, bone in enumerate(bones) if bone[2] == -2]))]  # one of the shafts
-        at = own.uniform(-0.45, min(0.25, bone[3] - 3 * bone[1]))  # clear of the joint
-        change, site = LESIONS[kind](own, u, v, bone, at)
-        bony += change
-        lesion = Lesion(kind, Image.fromarray(site).getbbox())  # type: ignore[arg-type]  # None only for an empty site
-    image = _expose(base, flesh + bony * spongy, base.standard_normal(shape, np.float32))
-    if base.random() < 0.5:
-        _draw_marker(base, image)
-    return np.asarray(image), lesion
-
-
-def _plan_studies(split: str, first: int, count: int, parts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
-    """Path of each study below the data set's parent, and its number of views; patients are numbered from `first`."""
-    for order, part in enumerate(parts):
-        rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{part}".encode())])
-        patient, study = first + order * count // 2, 1  # numbers of two parts overlap, as in MURA
-        for label in rng.permutation(count) % 2:
-            name = f"study{study}_{('negative', 'positive')[label]}"
-            yield f"MURA-v1.1/{split}/{part}/patient{patient:05}/{name}", int(rng.integers(1, 4))
-            patient, study = (patient, 2) if study == 1 and rng.random() < 0.2 else (patient + 1, 1)
-
-
-def _write_phantom(folder: Path, path: str, seed: int, size: int) -> Lesion | None:
-    """Draw and save the image of that path; nothing but path and seed decides what it shows."""
-    study = path.rpartition("/")[0]
-    view, examination = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in (path, study))
-    kind = str(examination.choice(list(LESIONS)))  # all views of a study show the same kind
-    image, lesion = draw_phantom(view, study.endswith("positive"), size, study.split("/")[2], kind)
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / path, compress_level=1)
-    return lesion
-
-
-def write_phantoms(
-    folder: Path, train: int, valid: int, parts: Sequence[str] = tuple(PHANTOM_BONES), seed: int = 0, size: int = 256
-) -> Path:
-    """Write a data set in MURA's layout with `train` and `valid` studies of each part; return its folder.
-
-    Beside MURA's four lists stands PHANTOM_LIST: where the lesion of each abnormal image lies (see Lesion).
-    """
-    root, lesions = folder / "MURA-v1.1", []
-    root.mkdir(parents=True, exist_ok=True)
-    (root / PHANTOM_LIST).touch()  # a demo that was stopped may be run again
-    for split, first, count in (("train", 1, train), ("valid", VALID_PATIENT, valid)):
-        studies = list(_plan_studies(split, first, count, parts, seed))
-        images = [f"{study}/image{view}.png" for study, views in studies for view in range(1, views + 1)]
-        with ThreadPoolExecutor() as pool:
-            drawn = pool.map(lambda path: _write_phantom(folder, path, seed, size), images)
-        lesions += [(path, lesion.kind, *lesion.box) for path, lesion in zip(images, drawn, strict=True) if lesion]
-        (root / f"{split}_image_paths.csv").write_text("".join(f"{path}\n" for path in images))
-        labels = [f"{study}/,{int(study.endswith('positive'))}\n" for study, _ in studies]
-        (root / f"{split}_labeled_studies.csv").write_text("".join(labels))
-    write_csv(root / PHANTOM_LIST, (dict(zip(LESION_COLUMNS, row, strict=True)) for row in lesions), LESION_COLUMNS)
-    return root
-
-
-# ===== 13 training runs ==============================================================================================
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every command that touches a data set works with."""
-
-    config: Config
-    root: Path
-    processes: Processes
-    arithmetic: Arithmetic
-    stop: StopSignals
-
-    def tick(self, bar: Any, count: int) -> None:
-        """Move a progress bar, and stop if a signal has come."""
-        bar.update(count)
-        self.stop.check()
-
-
-def start_run(config: Config, stop: StopSignals) -> Run:
-    """Find data and device, and join the other processes of a torchrun job."""
-    processes = Processes.from_environment()
-    if not config.evaluate and processes.world > 1 and config.batch_size < 2 * processes.world:
-        raise UserError(f"--batch-size {config.batch_size}: is of all processes together; {processes.world} need "
-                        f"{2 * processes.world} or more")
-    if processes.world > 1 and ":" in config.device:
-        raise UserError(f"--device {config.device}: several processes cannot share a card; use --device cuda")
-    arithmetic = choose_arithmetic(choose_device(config.device, processes.local_rank), config.precision)
-    root = find_data_root(config.data_dir or Path())
-    processes.start(arithmetic.device)
-    say(f"device: {arithmetic}" + (f", {processes.world} processes" if processes.world > 1 else ""))
-    return Run(config, root, processes, arithmetic, stop)
-
-
-def announce(index: Index) -> None:
-    """Print what was found in a split, and on stderr what was odd."""
-    say(describe(index.split, index.views))
-    for text in index.notes:
-        note(text)
-
-
-def decode_split(run: Run, index: Index, size: int, fit: str) -> Decoded:
-    """Open or build the cache of a split; under torchrun the first process of each machine builds, the others wait."""
-    config, builds = replace(run.config, fit=fit), run.processes.local_rank == 0
-    if not builds:
-        run.processes.wait()
-    decoded = open_cache(index.views, size, config, run.root, run.stop, build=builds)
-    if builds:
-        run.processes.wait()
-    check_bad_images(decoded, run.root / index.split, config)
-    return decoded
-
-
-def path_of(config: Config, ending: str) -> Path:
-    """Name a file of a run: STEM and an ending such as .last.pth."""
-    return Path(f"{config.stem}{ending}")
-
-
-def write_split(config: Config, train_views: Sequence[View], val_views: Sequence[View]) -> None:
-    """Write STEM.split.csv: the side of each patient."""
-    sides = {view.patient: "train" for view in train_views} | {view.patient: "val" for view in val_views}
-    rows = ({"patient": name, "split": sides[name]} for name in sorted(sides))
-    write_csv(path_of(config, ".split.csv"), rows, ("patient", "split"))
-
-
-def earlier_model(weights: str) -> dict[str, Any]:
-    """Load what the model of this program given as --weights holds; an empty dict for any other source."""
-    content = {} if weights in ("imagenet", "none") else read_weights(Path(weights))
-    return content if content.get("format") == PROGRAM else {}
-
-
-class Session:
-    """A training run on disk: brings the trainer from epoch to epoch and keeps its files.
-
-    Args:
-        run: options, processes, device.
         network: with its initial weights.
         train: training images.
         val: validation images.
-        size: input side, pixels.
-        bad_images: how many images could not be read.
+        hardware: device and precision.
+        distributed: this and the other processes; a batch is shared among them.
+        signals: SIGINT and SIGTERM stop the run between two batches.
+        facts: what else is to be stored with the model (patients, body parts, ...).
     """
 
     def __init__(
-        self, run: Run, network: Network, train: MuraDataset, val: MuraDataset, size: int, bad_images: int
+        self, config: Config, network: Network, train: MuraDataset, val: MuraDataset,
+        hardware: DevicePrecision, distributed: Distributed, signals: StopSignals,
+        facts: Mapping[str, Any],
     ) -> None:
-        self.run, self.config, self.size, self.train_set, self.val_set = run, run.config, size, train, val
-        self.bad_images = bad_images
-        earlier = earlier_model(run.config.weights)
-        self.seen: set[str] = set().union(*earlier.get("patients", {}).values())
-        again = self.seen & {view.patient for view in val.views}
-        if again:
-            note(f"--weights {run.config.weights}: that model has seen {len(again)} patients of val; validation, temperature "
-                 "and the choice of the best epoch will be too hopeful")
-        for name in ("fit", "normalization"):
-            now = getattr(run.config, name)
-            if (then := earlier.get("settings", {}).get(name, now)) != now:
-                note(f"--weights {run.config.weights}: that model learnt with --{name} {then}, this run has {now}")
-        self.weights = class_weights(train.views)
-        self.batches = -(-len(train) // run.config.batch_size)  # of an epoch
-        self.trainer = Trainer(
-            run.arithmetic.prepare(network), run.config, run.arithmetic,
-            choose_normalization(run.config.normalization, train), run.config.epochs * self.batches, run.processes,
-        )
-        self.tta = run.config.flip > 0 if run.config.tta is None else run.config.tta
-        self.saved_at = time.monotonic()
+        self.config, self.train_set, self.val_set, self.facts = config, train, val, facts
+        self.hardware, self.distributed, self.signals = hardware, distributed, signals
+        self.train_loader = BatchLoader(train, hardware.device)
+        self.val_loader = BatchLoader(val, hardware.device)
+        weights = class_weights(train.records)
+        self.train_weights = image_weights(train.records, weights)
+        self.val_weights = image_weights(val.records, weights)
+        self.network = hardware.prepare(network)
+        self.normalization = choose_normalization(config.normalization, train)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay,
+            fused=hardware.device.type != "mps")
+        self.scaler = torch.amp.GradScaler(
+            hardware.device.type, enabled=hardware.dtype == torch.float16)
+        self.batches = -(-len(train) // config.batch_size)  # of an epoch
+        self.schedule = self.build_schedule()
+        self.forward = self.wrap_network()
+        self.state = TrainState()
+        self.data_digest = "/".join(data.fingerprint() for data in (train, val))
+        self.saved_at, self.validation_seconds = time.monotonic(), 0.0
 
-    def settings(self) -> dict[str, Any]:
-        """Give what must be the same when a run is continued: the flags that change the result, and the data."""
-        flags = {item.name: getattr(self.config, item.name) for item in fields(Config)
-                 if item.metadata["group"] in LEARNING and item.name not in ("accumulate", "recipe")}
-        return flags | {  # --accumulate is a way out of too little memory, --recipe only sets other flags
-            "threshold": self.config.threshold, "tta": self.tta,
-            "model": self.trainer.network.model, "image_size": self.size,
-            "tasks": sorted({task.upper().removeprefix("XR_") for task in self.config.tasks}),
-            "data": "/".join(dataset.fingerprint() for dataset in (self.train_set, self.val_set)),
-        }
+    def build_schedule(self) -> LambdaLR | ReduceLROnPlateau:
+        """Return the learning rate schedule of --lr-schedule."""
+        if self.config.lr_schedule == "plateau":
+            return ReduceLROnPlateau(self.optimizer, factor=0.1, patience=0)
+        total, warmup = self.config.epochs * self.batches, self.config.warmup
+        return LambdaLR(self.optimizer, partial(poly_factor, total=total, warmup=warmup))
 
-    def resume(self) -> None:
-        """Continue from STEM.last.pth, with --resume auto only if it is there.
+    def wrap_network(self) -> Any:
+        """Return the network as training calls it: distributed, compiled."""
+        device = self.hardware.device
+        wrapped: Any = self.network
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.backends.cudnn.benchmark = True  # pays here: batches have two sizes at most
+        if self.distributed.world_size > 1:
+            ids = [device] if device.type == "cuda" else None
+            wrapped = nn.parallel.DistributedDataParallel(self.network, device_ids=ids)
+        return torch.compile(wrapped) if self.config.compile else wrapped
+
+    def fit(self) -> None:
+        """Run the epochs that are left."""
+        with self.signals.deferred():
+            while not self.finished():
+                self.train_epoch()
+                began = time.perf_counter()
+                logits = self.validate()
+                self.validation_seconds = time.perf_counter() - began
+                self.end_epoch(logits)
+        self.distributed.wait()  # the others read the model next, which rank 0 has written
+
+    def finished(self) -> bool:
+        """Return whether all epochs are done, or --patience is spent."""
+        waited = self.state.epoch - self.state.best_epoch
+        return self.state.epoch >= self.config.epochs or 0 < self.config.patience <= waited
+
+    def train_epoch(self) -> None:
+        """Train on what is left of the current epoch."""
+        state, config = self.state, self.config
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        self.network.train()
+        batches = epoch_batches(len(self.train_set), config.batch_size, config.seed, state.epoch)
+        if min(map(len, batches)) < world_size:
+            raise UserError(f"--batch-size {config.batch_size}: too small for {world_size} "
+                            "processes")
+        todo = range(state.batch, len(batches))
+        images = self.train_loader([batches[number][rank::world_size] for number in todo])
+        title = f"epoch {state.epoch + 1}/{config.epochs}"
+        with Progress(len(batches), title, "batch", state.batch) as bar:
+            clock = time.perf_counter()
+            for number, pixels in zip(todo, images, strict=True):
+                stopping = self.train_step(number, batches[number], pixels)
+                now = time.perf_counter()
+                state.seconds, clock = state.seconds + now - clock, now
+                bar.update(note=self.progress_note())
+                self.pause(stopping)
+
+    def train_step(self, number: int, batch: np.ndarray, pixels: Tensor) -> bool:
+        """Take one optimiser step; returns whether a signal has come to any process.
+
+        Args:
+            number: of the batch in the epoch.
+            batch: indices of its images, of all processes.
+            pixels: this process's images of it, (b, 1, S, S) uint8.
 
         Raises:
-            UserError: it is not there, cannot be continued from, or is not seen by all processes.
+            UserError: the loss is not finite; the weights are as they were before this batch.
         """
-        file = path_of(self.config, ".last.pth")
-        if file.exists():
-            self.take_over(file)
-        elif self.config.resume == "required":
-            raise UserError(f"--resume: there is no {file}; --resume auto starts afresh in such a case")
-        progress = self.trainer.progress
-        places = self.run.processes.gather([np.array([progress.epoch, progress.batch])])
-        if len(np.unique(places, axis=0)) > 1:
-            raise UserError("--resume: the processes stand at different batches; --checkpoint must be in a folder that all "
-                            "machines share", EXIT_FAILED)
+        state, config, device = self.state, self.config, self.hardware.device
+        mine = slice(self.distributed.rank, None, self.distributed.world_size)
+        parameters = draw_augmentation(config, len(batch), state.epoch, number)[mine]
+        targets = np.stack([self.train_set.labels[batch[mine]], self.train_weights[batch[mine]]])
+        labels_weights = torch.from_numpy(targets).float().to(device, non_blocking=True)
+        parameters = parameters.to(device, non_blocking=True)
+        images = augment(to_unit(pixels), parameters)
+        lam = draw_mixup(config, state.epoch, number)
+        loss, correct = self.backward(images, labels_weights, lam, len(batch))
+        counts = loss.new_tensor([len(pixels), self.signals.signum])
+        sums = self.distributed.sum(torch.stack([loss, correct, *counts]))
+        if not math.isfinite(sums[0]):
+            names = ", ".join(self.train_set.records[i].name for i in batch)
+            raise UserError(f"the loss is not finite in epoch {state.epoch + 1}, at the batch of "
+                            f"{names}; try a lower --lr or --precision fp32, or look at these "
+                            "files", EXIT_FAILED)
+        state.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
+        state.batch += 1
+        state.loss += sums[0]
+        state.correct += sums[1]
+        state.seen += sums[2]
+        return bool(sums[3])
 
-    def take_over(self, file: Path) -> None:
-        """Take over the state of an earlier run.
+    def backward(
+        self, images: Tensor, labels_weights: Tensor, lam: float, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of this process's images, in micro-batches.
 
-        Raises:
-            UserError: it belongs to other data, flags or another version.
+        Args:
+            images: (b, 1, S, S) float, augmented.
+            labels_weights: (2, b) labels, and weights in the loss.
+            lam: what mixup leaves of an image; the rest is the next one, in pixels and in the loss.
+            count: images of the batch over all processes.
+
+        Returns:
+            The sum of the losses, and the number of images right by their own labels, as tensors.
         """
-        state = read_tensors(file, "state")
-        try:
-            # a state from before a flag was there did what the flag's default says, and averaged no mirror images
-            then = {item.name: item.default for item in fields(Config)} | {"tta": False} | state["settings"]
-            other = [f"{name.replace('_', '-')} was {then.get(name)}, is {value}"
-                     for name, value in self.settings().items() if then.get(name) != value]
-            if other:
-                raise UserError(f"--resume {file}: {'; '.join(other)}; give the same flags and data, or another --checkpoint")
-            self.trainer.load_state_dict(state["trainer"])
-        except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-            version = state.get("version")
-            raise UserError(f"--resume {file}: written by another version of this program ({version}); start afresh") from error
-        progress, best = self.trainer.progress, self.config.checkpoint[0]
-        if progress.best_epoch and not best.exists():
-            raise UserError(f"--resume {file}: {best}, the best model so far, is missing; put it beside it")
-        say(f"resumed from {file}: {progress.epoch} epochs and {progress.batch} batches are done")
+        steps = min(self.config.grad_accum_steps, len(images))
+        world_size = self.distributed.world_size
+        partners = labels_weights.roll(-1, 1)
+        if lam < 1:
+            images = torch.lerp(images.roll(-1, 0), images, lam)
+        sums = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
+        loss_sum = torch.zeros((), device=images.device, dtype=sums)
+        correct = torch.zeros_like(loss_sum)
+        pieces = [images.tensor_split(steps)]
+        pieces += [values.tensor_split(steps, 1) for values in (labels_weights, partners)]
+        for step, (inputs, own, partner) in enumerate(zip(*pieces, strict=True), 1):
+            delays = world_size > 1 and step < steps  # gradients are summed over processes once
+            with self.forward.no_sync() if delays else contextlib.nullcontext():
+                with self.hardware.autocast():
+                    logits = self.forward(self.normalization(inputs))
+                loss = weighted_loss(logits, *own)
+                if lam < 1:
+                    loss = torch.lerp(weighted_loss(logits, *partner), loss, lam)
+                share = loss * (world_size / count)  # gradients are averaged over processes
+                torch.autograd.backward(self.scaler.scale(share))
+            loss_sum += loss.detach()
+            correct += ((logits.detach() > 0) == (own[0] > 0.5)).sum()
+        return loss_sum, correct
 
-    def save_state(self) -> None:
-        """Write STEM.last.pth; the first process only."""
-        self.saved_at = time.monotonic()
-        if self.run.processes.rank == 0:
-            state = {"kind": "state", "settings": self.settings(), "trainer": self.trainer.state_dict()}
-            write_tensors(path_of(self.config, ".last.pth"), state)
+    def progress_note(self) -> str:
+        """Return running loss and accuracy, learning rate, and the time left of the whole run."""
+        state = self.state
+        batches_left = (self.config.epochs - state.epoch) * self.batches - state.batch
+        left = batches_left * state.seconds / max(1, state.batch)
+        left += (self.config.epochs - state.epoch) * self.validation_seconds
+        seen = max(1, state.seen)
+        return (f"loss {state.loss / seen:.3f} accuracy {state.correct / seen:.3f} lr "
+                f"{state.lr:.1e}, run {timedelta(seconds=round(left))} left")
 
-    def pause(self, bar: Any, stopping: bool, count: int = 1) -> None:
-        """Between two batches: save the state when it is time, or when the run is to stop; then stop."""
-        bar.update(count)
+    def pause(self, stopping: bool) -> None:
+        """Between two batches save the state when it is time, or when the run is to stop."""
         if stopping or time.monotonic() - self.saved_at > 60 * self.config.save_every:
             self.save_state()
         if stopping:
-            self.run.processes.wait()  # torchrun ends all when the first leaves, which must not be before the state is saved
-            self.run.stop.check()
+            self.distributed.wait()  # torchrun ends all when the first leaves
+            raise Stopped(self.signals.signum or signal.SIGTERM)
 
-    def train(self) -> None:
-        """Run the epochs that are left."""
-        weights = loss_weights(self.train_set.views, self.weights)
-        feed, val_feed = (Feed(dataset, self.run.arithmetic.device) for dataset in (self.train_set, self.val_set))
-        progress = self.trainer.progress
-        while not self.finished():
-            name = f"epoch {progress.epoch + 1}/{self.config.epochs}"
-            with progress_bar(total=self.batches, initial=progress.batch, desc=name, unit="batch") as bar:
-                train_epoch(self.trainer, feed, weights, self.run.stop, partial(self.pause, bar))
-            began = time.perf_counter()
-            logits = self.validate(feed, val_feed)
-            self.end_epoch(logits, time.perf_counter() - began)
-        if self.run.processes.rank == 0:
-            with atomic_write(path_of(self.config, ".history.png")) as file:
-                draw_history(progress.history, file)
-        self.run.processes.wait()  # the others read the model next, which the first has written
+    def validate(self) -> npt.NDArray[np.float64]:
+        """Recompute BatchNorm statistics and return the logits of val, (N,)."""
+        count = min(self.config.precise_bn, len(self.train_set))
+        with Progress(count + len(self.val_set), "validation") as bar:
+            def update(done: int) -> None:
+                """Count images; stop here where no other process waits, else in the next epoch."""
+                bar.update(done)
+                self.pause(self.distributed.world_size == 1 and bool(self.signals.signum))
 
-    def finished(self) -> bool:
-        """Tell whether all epochs are done, or --patience is spent."""
-        progress = self.trainer.progress
-        waited = progress.epoch - progress.best_epoch
-        return progress.epoch >= self.config.epochs or (0 < self.config.patience <= waited)
+            self.recompute_statistics(count, update)
+            self.network.eval()
+            ensemble = Ensemble([self.as_model()], self.hardware)
+            (logits,) = ensemble.predict_dataset(
+                [self.val_loader], self.config.eval_batch_size, self.distributed, update)
+        if not np.isfinite(logits).all():
+            raise UserError("the network's output is not finite after epoch "
+                            f"{self.state.epoch + 1}; try a lower --lr or --precision "
+                            "fp32", EXIT_FAILED)
+        return np.asarray(logits)
 
-    def validate(self, train_feed: Feed, val_feed: Feed) -> np.ndarray:
-        """Make the network ready for new images and compute the logits of val, (N,)."""
-        processes, config, network = self.run.processes, self.config, self.trainer.network
-        alone = processes.world == 1  # several stop together, in the next epoch
-        images = min(config.settle, len(self.train_set)) + len(self.val_set)
-        with progress_bar(total=images, desc="validation", unit="image") as bar:
-            def tick(count: int) -> None:
-                """Count images done; stop here, with the state saved, where no other process waits."""
-                self.pause(bar, alone and bool(self.run.stop.signum), count)
+    @torch.no_grad()
+    def recompute_statistics(self, count: int, update: Callable[[int], object]) -> None:
+        """Recompute BatchNorm statistics from training images as they are (arXiv 2105.07576).
 
-            given = self.run.arithmetic, self.trainer.normalization
-            batch_size = replace(config, accumulate=self.trainer.accumulate).scoring_batch
-            settle_statistics(network, train_feed, *given, min(batch_size, config.batch_size), config.settle, config.seed, tick)
-            processes.same_buffers(network)
-            return predict_logits(network, val_feed, *given, batch_size, tta=self.tta, processes=processes, tick=tick)
+        While the network learns, they follow small batches of augmented images, which new images
+        are not: every logit would be shifted. All processes use the same images.
+        """
+        config = self.config
+        if not count:
+            return
+        chosen = random_stream("statistics", config.seed).permutation(len(self.train_set))[:count]
+        batch_size = min(config.eval_batch_size, config.batch_size)
+        batches = np.array_split(chosen, -(-count // batch_size))
 
-    def end_epoch(self, logits: np.ndarray, seconds: float) -> None:
+        def inputs() -> Iterator[Tensor]:
+            """Yield normalised batches."""
+            for pixels in self.train_loader(batches):
+                yield self.normalization(to_unit(pixels))
+                update(len(pixels))
+
+        self.network.train()
+        with self.hardware.autocast():
+            torch.optim.swa_utils.update_bn(inputs(), self.network)
+        self.distributed.broadcast_buffers(self.network)
+
+    def as_model(self, **calibration: Any) -> LoadedModel:
+        """Return the network as it is now, as prediction takes it."""
+        config = self.config
+        cache = self.train_set.caches[0]
+        tta = config.hflip > 0 if config.tta is None else config.tta
+        return LoadedModel(
+            config.checkpoint[0], self.network, self.normalization, cache.size, config.resize, tta,
+            **calibration)
+
+    def end_epoch(self, logits: np.ndarray) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
-        trainer, progress = self.trainer, self.trainer.progress
-        row = self.history_row(logits, seconds)
-        best = trainer.end_epoch(row)
-        say(epoch_line(row, self.config.epochs) + ("  best so far" if best else ""))
-        if self.run.processes.rank == 0:
+        state = self.state
+        row = self.history_row(logits)
+        state.history.append(row)
+        state.epoch = len(state.history)
+        state.batch, state.loss, state.correct, state.seen, state.seconds = 0, 0, 0, 0, 0
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(float(row["val_loss"] or 0))
+        best = is_best(state.history, self.config.select)
+        if best:
+            state.best_epoch = state.epoch
+        for line in epoch_lines(row, self.config.epochs, best=best):
+            log(line)
+        if self.distributed.rank == 0:
             if best:
                 self.save_model(logits)
-            write_csv(path_of(self.config, ".history.csv"), progress.history, list(row))
+            picture = plot_history(state.history, state.best_epoch)
+            atomic_write(self.config.file(".history.csv"), csv_text(state.history, list(row)))
+            atomic_write(self.config.file(".history.png"), picture)
         self.save_state()
 
-    def history_row(self, logits: np.ndarray, seconds: float) -> dict[str, float | None]:
-        """Summarise an epoch: loss and accuracy per image, AUROC and kappa per study, at threshold 0.5."""
-        progress, labels = self.trainer.progress, self.val_set.labels
-        if not np.isfinite(logits).all():
-            raise UserError(f"the network's output is not finite after epoch {progress.epoch + 1}; nothing was saved of it. "
-                            "Try a new run with a lower --lr or --precision fp32", EXIT_FAILED)
-        weights = torch.from_numpy(loss_weights(self.val_set.views, self.weights))
-        loss = weighted_loss(torch.from_numpy(logits), torch.from_numpy(labels).float(), weights).item() / len(labels)
-        studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits)))
-        figures = score(studies.label, studies.probability, 0.5)
-        auroc, kappa = (None if np.isnan(figures[name]) else float(figures[name][0]) for name in ("auroc", "kappa"))
+    def history_row(self, logits: np.ndarray) -> dict[str, float | None]:
+        """Return an epoch's row: loss and accuracy per image, AUROC and kappa per study, at 0.5."""
+        state, labels = self.state, torch.from_numpy(self.val_set.labels).float()
+        loss = weighted_loss(torch.from_numpy(logits), labels, torch.from_numpy(self.val_weights))
+        studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
+        found = compute_metrics(studies.label, studies.probability, 0.5)
+        auroc, kappa = (float(found[name][0]) for name in ("auroc", "kappa"))
         return {
-            "epoch": progress.epoch + 1,
-            "train_loss": progress.loss / progress.seen, "train_accuracy": progress.correct / progress.seen,
-            "val_loss": loss, "val_accuracy": float(((logits > 0) == labels).mean()),
-            "val_auroc": auroc, "val_kappa": kappa, "lr": progress.lr,
-            "images_per_second": progress.seen / progress.seconds, "seconds": progress.seconds + seconds,
+            "epoch": state.epoch + 1,
+            "train_loss": state.loss / state.seen, "train_accuracy": state.correct / state.seen,
+            "val_loss": loss.item() / len(logits),
+            "val_accuracy": float(((logits > 0) == self.val_set.labels).mean()),
+            "val_auroc": None if math.isnan(auroc) else auroc,
+            "val_kappa": None if math.isnan(kappa) else kappa,
+            "lr": state.lr, "images_per_second": state.seen / state.seconds,
+            "seconds": state.seconds + self.validation_seconds,
         }
 
     def save_model(self, logits: np.ndarray) -> None:
-        """Write STEM.pth, with the temperature, and where asked for the threshold, fitted on val."""
-        temperature = fit_temperature(logits, self.val_set.labels, np.array([view.patient for view in self.val_set.views]))
-        threshold, source = self.config.threshold or 0.5, "default" if self.config.threshold is None else "given"
-        if threshold == "auto":
-            studies = pool_studies(as_scored(self.val_set.views, sigmoid(logits, temperature)))
-            threshold = best_threshold(studies.label, studies.probability)
-            source = "val" if 0 < studies.label.mean() < 1 else "default"
-        progress = self.trainer.progress
-        write_tensors(self.config.checkpoint[0], {
-            "kind": "model", "model": self.trainer.network.model, "image_size": self.size, "fit": self.config.fit,
-            "normalization": asdict(self.trainer.normalization), "classes": list(CLASSES), "temperature": temperature,
-            "threshold": float(threshold), "threshold_source": source, "tta": self.tta,
-            "epoch": progress.epoch, "history": progress.history,
-            "parts": sorted({view.part for view in self.train_set.views}), "settings": self.settings(),
-            "patients": {"train": sorted(self.seen | {view.patient for view in self.train_set.views}),
-                         "val": sorted({view.patient for view in self.val_set.views})},
-            "bad_images": self.bad_images,
-            "state_dict": self.trainer.network.state_dict(),
+        """Write STEM.pth, with temperatures and threshold found on val."""
+        labels, records = self.val_set.labels, self.val_set.records
+        temperature = fit_temperature(logits, labels, np.array([r.patient for r in records]))
+        images = as_predictions(records, sigmoid(logits, temperature))
+        study_temperature = fit_study_temperature(images)
+        rule = self.config.threshold
+        threshold, source = rule or 0.5, "default" if rule is None else "given"
+        if isinstance(rule, str):
+            studies = pool_studies(images, study_temperature)
+            threshold, source = choose_threshold(rule, studies), f"{rule} on val"
+        model = self.as_model(
+            temperature=temperature, study_temperature=study_temperature,
+            threshold=float(threshold), threshold_source=source)
+        names = ("image_size", "resize", "tta", "temperature", "study_temperature", "threshold",
+                 "threshold_source")
+        self.state.model_digest = write_checkpoint(self.config.checkpoint[0], {
+            "kind": "model", "model": self.network.name, "classes": list(CLASSES),
+            **{name: getattr(model, name) for name in names}, **self.facts,
+            "normalization": asdict(self.normalization), "settings": self.settings(),
+            "epoch": self.state.epoch, "history": self.state.history,
+            "state_dict": self.network.state_dict(),
         })
 
+    def settings(self) -> dict[str, Any]:
+        """Return the options that decide what is learnt, and a digest of the data."""
+        chosen = {name: getattr(self.config, name) for name in LEARNT}
+        return chosen | {"tasks": list(self.config.tasks), "data": self.data_digest}
 
-def epoch_line(row: dict[str, float | None], epochs: int) -> str:
-    """Format the permanent line of an epoch."""
+    def save_state(self) -> None:
+        """Write STEM.last.pth; rank 0 only."""
+        self.saved_at = time.monotonic()
+        if self.distributed.rank == 0:
+            write_checkpoint(self.config.file(".last.pth"), {
+                "kind": "state", "settings": self.settings(), "epochs": self.config.epochs,
+                "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
+                "state": asdict(self.state),
+            })
+
+    def resume(self, content: Mapping[str, Any]) -> None:
+        """Go on from the content of STEM.last.pth.
+
+        Raises:
+            UserError: the data or STEM.pth are not those of that run.
+        """
+        path, model = self.config.file(".last.pth"), self.config.checkpoint[0]
+        if content["settings"]["data"] != self.settings()["data"]:
+            raise UserError(f"--resume {path}: images, labels or split have changed since; start a "
+                            "new run with another --checkpoint")
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.state = TrainState(**content["state"])
+        if self.state.best_epoch and not model.exists():
+            raise UserError(f"--resume {path}: {model}, the best model so far, is missing; put it "
+                            "back")
+        if self.state.best_epoch and not self.owns_model(model):
+            raise UserError(f"--resume {path}: {model} is of another run; put the right one beside "
+                            "it")
+        state = self.state
+        log(f"resumed from {path}: {state.epoch} epochs and {state.batch} batches are done")
+        if isinstance(self.schedule, LambdaLR) and self.config.epochs != content["epochs"]:
+            self.stretch_schedule(self.schedule, content["epochs"])
+
+    def owns_model(self, path: Path) -> bool:
+        """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
+        if file_digest(path) == self.state.model_digest:
+            return True
+        found = read_checkpoint(path, "model")
+        return bool(found["settings"] == self.settings() and found["epoch"] > self.state.epoch)
+
+    def stretch_schedule(self, schedule: LambdaLR, before: int) -> None:
+        """Set the learning rate that the schedule has for the new number of epochs."""
+        for group, base, factor in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
+        log(f"--epochs {before} -> {self.config.epochs}: the schedule is stretched; the learning "
+            f"rate goes on at {self.optimizer.param_groups[0]['lr']:.2e}")
+
+
+def is_best(history: Sequence[Mapping[str, float | None]], select: str) -> bool:
+    """Return whether the last epoch is the best by --select; of equal ones, the lower loss is."""
+    column, sign = SELECTION[select]
+
+    def rank(row: Mapping[str, float | None]) -> tuple[float, float]:
+        """Return what is compared: undefined is worst."""
+        value, loss = row[column], row["val_loss"]
+        return -math.inf if value is None else sign * value, -float(loss or 0)
+
+    return all(rank(history[-1]) > rank(row) for row in history[:-1])
+
+
+def epoch_lines(row: Mapping[str, float | None], epochs: int, *, best: bool) -> list[str]:
+    """Return the two lines of an epoch: metrics per image, and metrics per study."""
     shown = {name: "undefined" if value is None else f"{value:.4f}" for name, value in row.items()}
-    return (
-        f"epoch {row['epoch']:>3}/{epochs}  train loss {shown['train_loss']} accuracy {shown['train_accuracy']}  "
-        f"val loss {shown['val_loss']} accuracy {shown['val_accuracy']} AUROC {shown['val_auroc']} kappa {shown['val_kappa']}  "
-        f"{row['images_per_second']:.1f} images/s {row['seconds']:.0f} s"
-    )
-
-
-# ===== 14 scoring ====================================================================================================
-
-THRESHOLD_NOTES = {"default": "the default", "given": "given by hand", "val": "the one of highest study kappa on val",
-                   "mixed": "the mean of the models' own"}
-
-
-def load_members(config: Config, arithmetic: Arithmetic) -> list[Member]:
-    """Load the models of --checkpoint; --tta and --no-tta count for all of them."""
-    members = [load_member(path, arithmetic, config.model) for path in config.checkpoint]
-    return members if config.tta is None else [replace(member, tta=config.tta) for member in members]
-
-
-def choose_threshold(config: Config, members: Sequence[Member]) -> tuple[float, str]:
-    """Give the threshold and where it is from: the flag, else the mean of those stored in the checkpoints."""
-    if isinstance(config.threshold, float):
-        return config.threshold, "given"
-    kinds = {(member.threshold, member.threshold_source) for member in members}
-    source = members[0].threshold_source if len(kinds) == 1 else "mixed"
-    return float(np.mean([member.threshold for member in members])), source
-
-
-def seen_in_training(members: Sequence[Member], patients: set[str], split: str) -> list[str]:
-    """Say, a line each, which models have seen these patients."""
-    lines = []
-    for member in members:
-        train, val = (len(patients & set(member.patients[side])) for side in ("train", "val"))
-        if train or val:
-            lines.append(f"{member.path}: {train} of the {len(patients)} patients of {split} were trained on and {val} used "
-                         "for validation; these figures are not those of unseen patients")
-    return lines
-
-
-def new_parts(members: Sequence[Member], parts: set[str]) -> list[str]:
-    """Say, a line each, which models have not learnt some of these body parts."""
-    strange = [(member, sorted(parts - set(member.parts))) for member in members]
-    return [f"{member.path}: learnt from {', '.join(member.parts)} alone, not from {', '.join(names)} (--tasks chooses)"
-            for member, names in strange if names]
-
-
-def report_notes(split: str, source: str, *, seen: bool, tta: bool) -> list[str]:
-    """State, for the report, how the sets were separated, how it was computed, and what it cannot be compared with."""
-    looked = f"None of the patients of {split}/ took part in that."
-    if seen:
-        looked = f"Patients of {split}/ took part in that: the figures are too hopeful."
-    elif split == "valid":
-        looked = "valid/ took no part in that: it is the held-out test. Each further look at it makes it less so."
+    title = f"epoch {row['epoch']:.0f}/{epochs}"
+    speed = f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
     return [
-        "The patients of the training set were divided into train and val across body parts; the epoch of highest validation "
-        f"accuracy was kept, and its temperature fitted on val. {looked}",
-        *(["A logit is the mean of those of the image and of its mirror image (--no-tta: of the image alone)."] if tta else []),
-        "The loss weighs both classes of a body part alike, so a probability is that among as many normal as abnormal images.",
-        f"The threshold is {THRESHOLD_NOTES[source]}; models of an ensemble are judged at the same one.",
-        "Intervals: 95 %, bootstrap over patients. Resamples in which a figure is undefined are dropped; where they are the "
-        "majority there is no interval. That of ECE covers less with fewer than about 100 patients.",
-        f"{split}/ is not the hidden test set of 207 studies on which MURA's paper reports AUROC 0.929: the figures are not "
-        "comparable.",
+        f"{title}  images: train loss {shown['train_loss']} accuracy {shown['train_accuracy']}, "
+        f"val loss {shown['val_loss']} accuracy {shown['val_accuracy']}",
+        f"{'':<{len(title)}}  studies: val AUROC {shown['val_auroc']} kappa {shown['val_kappa']}   "
+        f"{speed}{'   best so far' if best else ''}",
     ]
 
 
-def write_report(run: Run, members: Sequence[Member], split: str, alone: Sequence[Scored], bad: dict[str, str]) -> None:
-    """Evaluate members and ensemble; print the table and write STEM.valid.csv, STEM.report.json and STEM.report.png."""
-    config, names = run.config, [str(member.path) for member in members]
-    threshold, source = choose_threshold(config, members)
-    images = replace(alone[0], probability=np.mean([scored.probability for scored in alone], axis=0))
-    seen = seen_in_training(members, set(images.patient.tolist()), split)
-    warned = seen + new_parts(members, set(images.part.tolist()))
-    for text in warned:
-        note(text)
-    mirrored = [member.tta for member in members]
-    judge = partial(evaluate, threshold=threshold, resamples=config.bootstrap, seed=config.seed)
-    report: dict[str, Any] = {
-        "split": split, "checkpoints": names, "threshold": threshold, "threshold_source": source,
-        "temperature": [member.temperature for member in members], "tta": mirrored,
-        "bad_images": {"training": [member.bad_images for member in members], split: bad},
-        **judge(images), "notes": [*report_notes(split, source, seen=bool(seen), tta=any(mirrored)), *warned],
-    }
-    if len(members) > 1:
-        report["members"] = {name: judge(scored)["levels"] for name, scored in zip(names, alone, strict=True)}
-    say(format_table(report))
-    table, written, figure = (path_of(config, ending) for ending in (f".{split}.csv", ".report.json", ".report.png"))
-    columns = vars(images) | {"path": [f"{split}/{name}" for name in images.path]}
-    rows = zip(*columns.values(), strict=True)
-    write_csv(table, (dict(zip(columns, row, strict=True)) for row in rows), list(columns))
-    write_json(written, report)
-    with atomic_write(figure) as file:
-        draw_report(report, images, file)
-    say(f"written: {table}, {written}, {figure}")
+def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predictions:
+    """Return images and their probabilities (N,) for the metrics."""
+    columns = {name: np.array([getattr(record, name) for record in records])
+               for name in ("body_part", "patient", "study", "label")}
+    return Predictions(tuple(record.name for record in records), **columns, probability=probability)
 
 
-def score_split(run: Run, members: Sequence[Member], split: str) -> None:
-    """Score models, alone and as an ensemble, on a split; print the table and write CSV, report and figure."""
-    config = run.config
-    index = index_split(run.root, split, config.tasks)
-    announce(index)
-    by_name: list[dict[str, float]] = []
-    bad: dict[str, str] = {}
-    for member in members:
-        decoded = decode_split(run, index, member.image_size, member.fit)
-        bad |= decoded.bad
-        dataset = MuraDataset(decoded)
-        with progress_bar(total=len(dataset), desc=f"score {member.path.name}", unit="image") as bar:
-            logits = predict_logits(
-                member.network, Feed(dataset, run.arithmetic.device), run.arithmetic, member.normalization,
-                config.scoring_batch, tta=member.tta, processes=run.processes, tick=partial(run.tick, bar),
-            )
-        by_name.append(dict(zip((view.name for view in dataset.views), sigmoid(logits, member.temperature), strict=True)))
-    views = [view for view in index.views if all(view.name in scores for scores in by_name)]
-    if run.processes.rank == 0:
-        alone = [as_scored(views, np.array([scores[view.name] for view in views])) for scores in by_name]
-        write_report(run, members, split, alone, bad)
-    run.processes.wait()
-
-
-# ===== 15 prediction =================================================================================================
-
-RESULT_COLUMNS = ("path", "prediction", "confidence", "probability", "error")  # of --output
-WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
-FIGURE_ROWS = 16  # views in a figure at most: MURA's studies have up to 13, but any folder may be called study
-
-
-Input = tuple[Path, tuple[Path, ...]]  # what is asked about: an image, or a study with its views; a folder without any has none
-Look = tuple[float, Tensor, int, str]  # a model's: probability, evidence (h, w) in logits, size and fit of what it looked at
-
-
-def collect_inputs(paths: Iterable[Path]) -> Iterator[Input]:
-    """Expand files, folders and study folders, in the order given and natural order within folders."""
-    for path in paths:
-        if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it never raises
-            yield from list(search_folder(path)) or [(path, ())]
-        else:
-            yield path, (path,)
-
-
-def search_folder(top: Path) -> Iterator[Input]:
-    """Find images and studies: a folder named study1, study1_positive, ... is one, in any other each image is by itself.
-
-    Links to folders are followed, each folder once; one that may not be read is an input without views.
-    """
-    closed: list[OSError] = []
-    seen: set[str] = set()
-    for folder, names, _ in os.walk(top, onerror=closed.append, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            names.clear()
-            continue
-        seen.add(place)
-        inner = (name for name in names if name[0] != "." and not name.lower().endswith(IMAGE_SUFFIXES))
-        names[:] = sorted(inner, key=natural_key)
-        images = tuple(Path(folder) / name for name in image_names(folder))
-        if images and re.fullmatch(r"study\d+(_\w+)?", Path(folder).resolve().name, re.IGNORECASE):
-            yield Path(folder), images
-        else:
-            yield from ((image, (image,)) for image in images)
-    yield from ((Path(error.filename), ()) for error in closed if Path(error.filename) != top)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One view: what was read and what the models say of it, or why it could not be read.
-
-    Attributes:
-        path: of the image.
-        pixels: (H, W) uint8.
-        squares: network inputs (S, S) uint8, by size and fit.
-        error: why it could not be read; all else is then empty.
-        looks: one of each model.
-    """
-
-    path: Path
-    pixels: np.ndarray
-    squares: dict[tuple[int, str], np.ndarray]
-    error: str = ""
-    looks: tuple[Look, ...] = ()
-
-    @property
-    def probability(self) -> float:
-        """Of abnormal: the mean over the models."""
-        return float(np.mean([probability for probability, *_ in self.looks]))
-
-    @property
-    def evidence(self) -> np.ndarray:
-        """For abnormal, on the original's pixels (H, W), logits: the mean over the models."""
-        heat = [heat_on_image(evidence, size, fit, *self.pixels.shape) for _, evidence, size, fit in self.looks]
-        return np.asarray(np.mean(heat, axis=0))
-
-
-@dataclass(frozen=True)
-class Result:
-    """An input with its findings; a study's probability is the mean over its readable views."""
-
-    path: Path
-    findings: tuple[Finding, ...]
-    threshold: float
-
-    @property
-    def readable(self) -> list[Finding]:
-        """The views that have a probability."""
-        return [finding for finding in self.findings if not finding.error]
-
-    @property
-    def probability(self) -> float:
-        """Of abnormal; NaN where no view could be read."""
-        return float(np.mean([finding.probability for finding in self.readable])) if self.readable else math.nan
-
-    @property
-    def label(self) -> int:
-        """1 abnormal, 0 normal."""
-        return int(self.probability > self.threshold)
-
-    @property
-    def confidence(self) -> float:
-        """Probability of the class that was predicted."""
-        return self.probability if self.label else 1 - self.probability
-
-    @property
-    def verdict(self) -> str:
-        """Class and confidence in words; never "100.0%", which no probability below 1 means."""
-        shown = f"{self.confidence:.1%}" if self.confidence < 0.9995 else "above 99.9%"
-        return f"{CLASSES[self.label]}, confidence {shown}" + f" at threshold {self.threshold:g}" * (self.threshold != 0.5)
-
-    @property
-    def error(self) -> str:
-        """Why the input, or some of its views, failed."""
-        if len(self.findings) == 1:
-            return self.findings[0].error
-        failed = [f"{finding.path.name}: {finding.error}" for finding in self.findings if finding.error]
-        return "; ".join(failed) if self.findings else "holds no images that may be read"
-
-    def row(self) -> dict[str, Any]:
-        """Give the row of --output."""
-        said = (CLASSES[self.label], self.confidence, self.probability) if self.readable else (None, None, None)
-        return dict(zip(RESULT_COLUMNS, (str(self.path), *said, self.error or None), strict=True))
-
-
-def read_finding(path: Path, shapes: Iterable[tuple[int, str]]) -> Finding:
-    """Decode an image for --predict and scale it to each (size, fit); warn about what does not look like a radiograph."""
-    try:
-        pixels = read_radiograph(path)
-    except BadImage as error:
-        return Finding(path, np.zeros((0, 0), np.uint8), {}, str(error))
-    doubt = unlike_radiograph(path, pixels)
-    if doubt:
-        note(f"{path}: does not look like a radiograph ({doubt}); the result means little")
-    return Finding(path, pixels, {(size, fit): fit_square(pixels, size, fit) for size, fit in shapes})
-
-
-class Predictor:
-    """Reads, classifies and explains images with the models of --checkpoint."""
-
-    def __init__(self, config: Config, stop: StopSignals) -> None:
-        self.config, self.stop = config, stop
-        self.arithmetic = choose_arithmetic(choose_device(config.device), config.precision)
-        self.members = load_members(config, self.arithmetic)
-        self.threshold, _ = choose_threshold(config, self.members)
-
-    def results(self, inputs: Sequence[Input]) -> Iterator[Result]:
-        """Yield a result for each input, in order; images are decoded in threads while others are classified."""
-        shapes = {(member.image_size, member.fit) for member in self.members}
-        paths = (path for _, views in inputs for path in views)
-        workers, ahead = self.config.workers or core_count(), self.config.scoring_batch
-        found = self.classify(map_ahead(partial(read_finding, shapes=shapes), paths, workers, ahead))
-        for path, views in inputs:
-            yield Result(path, tuple(itertools.islice(found, len(views))), self.threshold)
-
-    def classify(self, findings: Iterator[Finding]) -> Iterator[Finding]:
-        """Have all models look at what could be read, a batch at a time; the order stays."""
-        while batch := list(itertools.islice(findings, self.config.scoring_batch)):
-            readable = [finding for finding in batch if not finding.error]
-            looks = zip(*(self.look(member, readable) for member in self.members if readable), strict=True)
-            self.stop.check()
-            yield from (finding if finding.error else replace(finding, looks=next(looks)) for finding in batch)
-
-    def look(self, member: Member, batch: Sequence[Finding]) -> list[Look]:
-        """Look at a batch with one model, calibrated."""
-        squares = np.stack([finding.squares[member.image_size, member.fit] for finding in batch])
-        images = member.normalization(to_unit(torch.from_numpy(squares)[:, None].to(self.arithmetic.device)))
-        with self.arithmetic.autocast():
-            logits, evidence = grad_cam(member.network, images)
-            if member.tta:
-                mirrored, mirrored_evidence = grad_cam(member.network, images.flip(3))
-                logits, evidence = (logits + mirrored) / 2, (evidence + mirrored_evidence.flip(2)) / 2
-        probabilities = sigmoid(logits.cpu().double().numpy(), member.temperature).tolist()
-        evidence = evidence / member.temperature
-        return [(*pair, member.image_size, member.fit) for pair in zip(probabilities, evidence, strict=True)]
-
-
-def require_targets(targets: dict[str, Path | None], inputs: Sequence[Input]) -> None:
-    """See before the work that the files of --predict, by flag, can be written and that none is an input.
+def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
+    """Return the options of a run that goes on: those that decide what is learnt are the state's.
 
     Raises:
-        UserError: which cannot, or would be replaced.
+        UserError: such a flag is given with another value.
     """
-    given = {flag: path for flag, path in targets.items() if path}
-    read = {os.path.realpath(path) for _, views in inputs for path in views if given}
-    for flag, path in given.items():
-        if os.path.realpath(path) in read:
-            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-        require_place(path)
+    saved = {name: content["settings"][name] for name in LEARNT}
+    saved["tasks"] = tuple(saved["tasks"])
+    for name in LEARNT:
+        now = getattr(config, name)
+        if name in config.given and now != saved[name]:
+            shown = " ".join(saved[name]) or "all" if name == "tasks" else saved[name]
+            raise UserError(f"--resume: {flag_of(name)} was {shown}: leave it out, or start a new "
+                            "run with another --checkpoint")
+    return replace(config, **saved)
 
 
-def figure_stem(path: Path) -> str:
-    """Name a figure after its input; a name that has no room for an ending is cut."""
-    stem = Path(os.path.realpath(path)).stem  # unlike Path.resolve, it takes links in a circle
-    return stem if len(os.fsencode(stem)) <= 200 else shorten(stem, 50)  # bytes; file systems take 255
+# ===== 9 plots ====================================================================================
+
+# The overlay: colours from no heat to the top of the scale, ever lighter and none of them white, so
+# that heat shows on dark and on white bone; opacity grows with heat and is 0 where there is none.
+HEAT_COLORS = {
+    "abnormal": ("#000000", "#5b0f6b", "#c4264f", "#f4601a", "#ffb000"),
+    "normal": ("#000000", "#0d2a7a", "#0a63c8", "#0fa3c8", "#20dcb0"),
+}
+HEAT_OPACITY, OPAQUE_FROM = 0.7, 0.6  # the highest opacity, and the part of the scale it begins at
+CONTOUR_COLOR, LESION_COLOR = "#00ffff", "#7cfc00"  # strongest region; known lesion
+SCREEN_INCHES = 14.2, 8.2  # of the pictures at most: fits a screen of 1920 x 1080 at DPI
+DPI = 110
+LINE_PIXELS = 3
+FIGURE_PIXELS = 1400  # side of a square of as many pixels as matplotlib is given for all pictures
+SHEET_TILES = 12  # of the gallery
+BLUE, RED = "#0072B2", "#D55E00"  # distinct to the colour-blind (Okabe and Ito 2008)
+CHANCE = {"color": "gray", "linestyle": ":"}
+PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
+STYLE: dict[Any, Any] = {
+    "font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 1, "lines.markersize": 4, "legend.fontsize": 7,
+    "legend.frameon": False, "figure.titlesize": 9, "text.parse_math": False,  # a $ is no formula
+}
 
 
-def print_result(result: Result) -> None:
-    """Print an input, a line on stdout (and one for each view of a study), or on stderr why it failed."""
-    if result.error:
-        note(f"{result.path}: {result.error}")
-    if not result.readable:
-        return
-    is_study = len(result.findings) > 1
-    views = f", {len(result.findings)} views" if is_study else ""
-    say(f"{result.path}: {result.verdict} (probability of abnormal {result.probability:.4f}{views})")
-    for finding in result.readable if is_study else ():
-        say(f"    {finding.path.name}: probability of abnormal {finding.probability:.4f}")
+def new_figure(**style: Any) -> Any:
+    """Return an empty figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(**style)
 
 
-def explain_result(
-    result: Result, file: Path, config: Config, *, show: bool, box: tuple[int, int, int, int] | None = None
+def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
+    """Return a figure as the content of a file of that suffix."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
+        figure.savefig(file, format=suffix.lower()[1:], dpi=dpi)
+    return file.getvalue()
+
+
+# ----- history and report
+
+
+def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int) -> bytes:
+    """Return a PNG of loss, accuracy, and study-level AUROC and kappa over epochs.
+
+    Args:
+        history: the rows of STEM.history.csv; None makes a gap.
+        best_epoch: the kept epoch, which is marked; 0 if there is none.
+    """
+    import matplotlib as mpl
+
+    panels = {
+        "loss": ("train_loss", "val_loss"),
+        "accuracy of images": ("train_accuracy", "val_accuracy"),
+        "AUROC and kappa of studies": ("val_auroc", "val_kappa"),
+    }
+    epochs = [row["epoch"] for row in history]
+    with mpl.rc_context(STYLE):
+        figure = new_figure(figsize=(9.6, 3.2), layout="constrained")
+        for axes, title in zip(figure.subplots(1, 3), panels, strict=True):
+            for name in panels[title]:
+                values = np.array([row[name] for row in history], float)  # None becomes NaN
+                axes.plot(epochs, values, ".-", label=name.replace("_", " "))
+            if best_epoch:
+                axes.axvline(best_epoch, **CHANCE, label=f"kept: epoch {best_epoch}")
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+        return save_figure(figure)
+
+
+def metric_points(metric: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Return value, low and high (3,), NaN where undefined."""
+    return np.array([metric[key] for key in ("value", "low", "high")], float)
+
+
+def draw_point(axes: Any, x: Any, y: Any, **style: Any) -> None:
+    """Draw a point with its intervals; x and y: value, low and high (3,)."""
+    (point,) = axes.plot(x[0], y[0], "o", **style)
+    axes.plot(x[1:], y[[0, 0]], x[[0, 0]], y[1:], color=point.get_color())
+
+
+def wilson_interval(positives: int, count: int) -> npt.NDArray[np.float64]:
+    """Return a fraction and the ends of its 95 % interval (3,) (Wilson 1927)."""
+    z2 = 1.96**2
+    half = math.sqrt(z2 * (positives * (count - positives) / count + z2 / 4))
+    low, high = positives + z2 / 2 - half, positives + z2 / 2 + half
+    return np.array([positives / count, low / (count + z2), high / (count + z2)])
+
+
+def draw_curves(
+    roc: Any, recall: Any, report: Mapping[str, Any], images: Predictions, studies: Predictions
 ) -> None:
-    """Save original | heatmap | overlay of an input, a row a view."""
-    part = next((piece for piece in result.path.resolve().parts if piece.upper().startswith("XR_")), "")
-    explained = CLASSES[result.label] if config.cam_class == "predicted" else config.cam_class
-    sign = 1 if explained == "abnormal" else -1
-    heading = f"{'/'.join(result.path.parts[-4:])}   {part}\n{result.verdict} - {RESEARCH_ONLY}"
-    panels = [
-        Panel(seen.pixels, np.maximum(sign * seen.evidence, 0), f"{seen.path.name}   P(abnormal) {seen.probability:.3f}", box)
-        for seen in result.readable[:FIGURE_ROWS]
-    ]
-    save_explanation(file, panels, heading, f"evidence for {explained}, logits", show=show)
-    count = len(result.readable)
-    say(f"    figure: {file}" + (f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""))
+    """Draw ROC and precision-recall curves, the operating point and what chance reaches."""
+    for level, found, color in (("images", images, "silver"), ("studies", studies, BLUE)):
+        counts = count_cases(found.label, found.probability, 0.5, np.ones((1, len(found.label))))
+        hits, alarms = counts.tp_curve[0], counts.tn_curve[0, 0] - counts.tn_curve[0]
+        sensitivity, precision = ratio(hits, hits[-1]), ratio(hits, hits + alarms)
+        precision[0] = precision[1]
+        roc.plot(ratio(alarms, alarms[-1]), sensitivity, color=color, label=level)
+        recall.step(sensitivity, precision, color=color, label=level)
+    metrics = report["levels"]["study"]
+    point = {"color": BLUE, "label": f"studies, threshold {report['threshold']:.3g}"}
+    sensitivity = metric_points(metrics["sensitivity"])
+    draw_point(roc, 1 - metric_points(metrics["specificity"]), sensitivity, **point)
+    draw_point(recall, sensitivity, metric_points(metrics["ppv"]), **point)
+    if report["is_mura"]:
+        label = f"MURA paper, hidden test set,\n207 studies: AUROC {PAPER['auroc']}"
+        roc.plot(1 - PAPER["specificity"], PAPER["sensitivity"], "*", color=RED, label=label)
+    roc.axline((0, 0), (1, 1), **CHANCE)
+    recall.axhline(studies.label.mean(), **CHANCE, label="prevalence")
+    title = f"a  ROC: AUROC {format_value(metrics['auroc'])}"
+    roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title)
+    title = f"b  Average precision {format_value(metrics['average_precision'])}"
+    recall.set(xlabel="sensitivity (recall)", ylabel="PPV (precision)", title=title)
+    for axes in (roc, recall):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
 
 
-def write_results(config: Config, rows: Sequence[dict[str, Any]], explained: dict[str, Finding]) -> None:
-    """Write --output, as CSV or JSON by its suffix, and --save-cam, by the names of its maps, as far as they are asked for."""
-    if config.output and config.output.suffix == ".json":
-        write_json(config.output, rows)
-    elif config.output:
-        write_csv(config.output, rows, RESULT_COLUMNS)
-    if config.save_cam:
-        # as numpy.savez_compressed, which does not take an image of the name "file"
-        with atomic_write(config.save_cam) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, finding in explained.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, finding.evidence)
+def draw_confusion(axes: Any, report: Mapping[str, Any], studies: Predictions) -> None:
+    """Draw counts and row percentages, label against prediction."""
+    predicted = studies.probability > report["threshold"]
+    cells = np.bincount(2 * studies.label + predicted, minlength=4).reshape(2, 2)
+    fraction = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    axes.imshow(fraction, cmap="Blues", vmin=0, vmax=2)  # no darker than black text can be read on
+    for (row, column), count in np.ndenumerate(cells):
+        text = f"{count}\n{fraction[row, column]:.1%}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=10)
+    axes.set_xticks([0, 1], CLASSES)
+    axes.set_yticks([0, 1], CLASSES, rotation=90, va="center")
+    axes.set(xlabel="prediction", ylabel="label", title="c  Confusion matrix")
+
+
+def draw_reliability(axes: Any, studies: Predictions) -> None:
+    """Draw the observed fraction of abnormal in ten bins, its interval, and the bins' sizes."""
+    bins = np.minimum((10 * studies.probability).astype(int), 9)
+    means, sizes = [], []
+    for place in np.unique(bins):
+        label, probability = studies.label[bins == place], studies.probability[bins == place]
+        means.append(probability.mean())
+        sizes.append(len(label))
+        fraction = wilson_interval(label.sum(), len(label))
+        draw_point(axes, np.full(3, means[-1]), fraction, color=BLUE)
+    axes.axline((0, 0), (1, 1), **CHANCE)
+    axes.secondary_xaxis("top").set_xticks(means, sizes, fontsize=6)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="fraction abnormal")
+    axes.set(xlabel="probability of abnormal", title="d  Reliability, 95 % interval (top: studies)")
+
+
+def draw_kappa(axes: Any, report: Mapping[str, Any]) -> None:
+    """Draw the kappa of studies with its interval as point and number, overall and by body part."""
+    names: list[str] = []
+    numbers: list[str] = []
+    for name, levels in [("overall", report["levels"]), *report["body_parts"].items()]:
+        metrics = levels["study"]
+        draw_point(axes, metric_points(metrics["kappa"]), np.full(3, len(names)), color=BLUE)
+        names.append(f"{shorten(name.removeprefix('XR_').lower(), 16)} ({metrics['count']})")
+        numbers.append(format_value(metrics["kappa"]))
+    axes.set_yticks(range(len(names)), names)
+    axes.secondary_yaxis("right").set_yticks(range(len(names)), numbers)
+    axes.axvline(0, **CHANCE)
+    axes.set(xlabel="Cohen's kappa [95 % interval]", title="e  Kappa by body part (studies)")
+    axes.invert_yaxis()
+
+
+def plot_report(report: Mapping[str, Any], images: Predictions, studies: Predictions) -> bytes:
+    """Return a PNG of ROC, precision-recall, confusion matrix, reliability and kappa.
+
+    Args:
+        report: the content of STEM.report.json, with `date` and `is_mura`.
+        images: predictions of the images.
+        studies: the same, pooled.
+    """
+    import matplotlib as mpl
+
+    found = report["levels"]["study"]
+    names = shorten(", ".join(report["checkpoints"]), 90)
+    sizes = "{count} studies ({positives} abnormal), {patients} patients".format(**found)
+    heights = 4.6, max(2.4, 0.25 * len(report["body_parts"]))
+    with mpl.rc_context(STYLE):
+        figure = new_figure(figsize=(9, sum(heights)), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+        upper.suptitle(f"{names}, {report['date'][:10]}\nStudy level, {report['split']}: {sizes}")
+        roc, recall, confusion = upper.subplots(1, 3)
+        reliability, kappa = lower.subplots(1, 2, width_ratios=[4, 5])
+        draw_curves(roc, recall, report, images, studies)
+        draw_confusion(confusion, report, studies)
+        draw_reliability(reliability, studies)
+        draw_kappa(kappa, report)
+        return save_figure(figure)
+
+
+# ----- explanation and gallery
+
+
+def heat_colormap(cam_class: str) -> Any:
+    """Return matplotlib's colour map for the heat of a class."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list(cam_class, HEAT_COLORS[cam_class])
+
+
+def fit_pixels(pixels: Any, side: float) -> Any:
+    """Return pixels (H, W), averaged or interpolated until the longer side is `side`."""
+    image = Image.fromarray(pixels)
+    return np.asarray(ImageOps.contain(image, (int(side), int(side)), Image.Resampling.BILINEAR))
+
+
+def blend_heat(pixels: Any, heat: Any, cam_class: str, vmax: float) -> Image.Image:
+    """Return the overlay of a radiograph and its heat, both (H, W): unchanged where heat is 0.
+
+    Args:
+        pixels: of the radiograph, uint8.
+        heat: from 0.
+        cam_class: the class that the heat speaks for.
+        vmax: heat at the top of the scale.
+    """
+    level = np.clip(heat / vmax, 0, 1)
+    opacity = HEAT_OPACITY * np.minimum(level / OPAQUE_FROM, 1)[..., None]
+    color = 255 * heat_colormap(cam_class)(level)[..., :3]
+    mixed = (1 - opacity) * pixels[..., None] + opacity * color
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def outline_region(overlay: Image.Image, heat: Any, box: Any) -> None:
+    """Draw the contour at half of the maximum of the heat (H, W), inside a box, on its overlay."""
+    hot = Image.fromarray(heat >= heat.max() / 2).convert("L")
+    region = Image.new("L", hot.size)
+    region.paste(hot.crop(box), box[:2])
+    line = region.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(LINE_PIXELS))
+    overlay.paste(CONTOUR_COLOR, mask=line)
+
+
+def draw_tiles(
+    figure: Any, tiles: Sequence[tuple[Image.Image, str]], group: int, heading: str,
+    cam_class: str, unit: str, vmax: float,
+) -> None:
+    """Fill a figure with pictures (of the same longer side), titles and the colour bar of heat.
+
+    Its size is set; `group` pictures stay side by side. For the rest see `draw_explanation`.
+    """
+    import matplotlib as mpl
+
+    width, height = np.max([picture.size for picture, _ in tiles], axis=0)
+    columns = group * (round(math.sqrt(1.6 * len(tiles)) / group) or 1)
+    rows = math.ceil(len(tiles) / columns)
+    inch = min(SCREEN_INCHES[0] / columns / width, (SCREEN_INCHES[1] / rows - 0.35) / height)
+    step_x, step_y = inch * width + 0.1, inch * height + 0.35  # 0.35 inches for the title
+    size_x, size_y = columns * step_x + 0.9, rows * step_y + 0.5
+    figure.set_size_inches(size_x, size_y)
+    with mpl.rc_context(STYLE):
+        axes = figure.add_axes((0, 0, 1, 1))  # in inches
+        for index, (picture, title) in enumerate(tiles):
+            row, column = divmod(index, columns)
+            x, y = column * step_x + 0.1, row * step_y + 0.8
+            axes.imshow(picture, extent=(x, x + inch * picture.width, y + inch * picture.height, y))
+            lines = [shorten(line, int(16 * inch * width)) for line in title.split("\n")]
+            axes.text(x, y - 0.05, "\n".join(lines))
+        axes.set(xlim=(0, size_x), ylim=(size_y, 0), aspect="auto")
+        axes.set_axis_off()
+        figure.suptitle(heading)
+        shown = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, vmax), heat_colormap(cam_class))
+        bar = figure.add_axes((1 - 0.7 / size_x, 0.1, 0.15 / size_x, 0.7))
+        figure.colorbar(shown, bar, label=f"heat for {cam_class}, {unit}")
+
+
+def draw_explanation(
+    figure: Any, views: Sequence[ViewResult], heading: Sequence[str], cam_class: str, unit: str,
+    vmax: float, boxes: Sequence[Box | None] = (),
+) -> None:
+    """Fill a figure with original | heatmap | overlay of each view, all on one scale.
+
+    The strongest region is outlined where the view has a box.
+
+    Args:
+        figure: empty; its size is set.
+        views: that could be read.
+        heading: lines of the figure's title.
+        cam_class: the class that the heat speaks for.
+        unit: of the heat.
+        vmax: heat at the top of the scale.
+        boxes: the known lesion of each view, pixels of the original.
+    """
+    side = int(FIGURE_PIXELS / math.sqrt(3 * len(views)))
+    tiles: list[tuple[Image.Image, str]] = []
+    for view, lesion in itertools.zip_longest(views, boxes):
+        scale = side / max(view.pixels.shape)
+        pixels, heat = fit_pixels(view.pixels, side), fit_pixels(view.heatmap, side)
+        original = Image.fromarray(pixels).convert("RGB")
+        overlay = blend_heat(pixels, heat, cam_class, vmax)
+        color = Image.fromarray(heat_colormap(cam_class)(heat / vmax, bytes=True))
+        if view.box:
+            outline_region(overlay, heat, tuple(round(scale * edge) for edge in view.box))
+        if lesion:
+            for picture in (original, overlay):
+                box = [scale * edge for edge in lesion]
+                ImageDraw.Draw(picture).rectangle(box, outline=LESION_COLOR, width=LINE_PIXELS)
+        title = f"{printable(view.path.name)}: abnormal {percent(view.probability)}"
+        tiles += [(original, title), (color, f"heat: {cam_class}"), (overlay, "overlay")]
+    draw_tiles(figure, tiles, 3, "\n".join(map(printable, heading)), cam_class, unit, vmax)
+
+
+def save_explanation(*explanation: Any, suffix: str = ".png", window: str = "") -> bytes:
+    """Return `draw_explanation` as a file of that suffix; with a window's title, keep it open."""
+    figure: Any = new_figure()
+    if window:
+        from matplotlib import pyplot  # slow to import, and only windows need it
+
+        figure = pyplot.figure(dpi=DPI)
+        figure.canvas.manager.set_window_title(printable(window))
+    draw_explanation(figure, *explanation)
+    return save_figure(figure, suffix, DPI)
+
+
+def gallery_sheet(
+    tiles: Sequence[tuple[Any, Any, str]], heading: str, cam_class: str, unit: str, vmax: float
+) -> bytes:
+    """Return a PNG of overlays; a tile is a radiograph, its heat (both (H, W)) and a caption."""
+    figure, side = new_figure(), FIGURE_PIXELS / math.sqrt(len(tiles))
+    overlays = []
+    for pixels, heat, caption in tiles:
+        pixels = fit_pixels(pixels, side)
+        heat = resize_map(heat, *pixels.shape)
+        overlays.append((blend_heat(pixels, heat, cam_class, vmax), caption))
+    draw_tiles(figure, overlays, 1, heading, cam_class, unit, vmax)
+    return save_figure(figure, dpi=DPI)
+
+
+def tile_caption(images: Predictions, row: int) -> str:
+    """Return what stands above an image of the gallery: end of its path, label, probability."""
+    tail = "/".join(images.path[row].split("/")[-3:])
+    label = CLASSES[images.label[row]]
+    return f"{printable(tail)}\nlabel {label}, abnormal {percent(images.probability[row])}"
+
+
+def gallery_pages(images: Predictions, threshold: float) -> Iterator[tuple[str, str, Any]]:
+    """Yield the sheets of the gallery: file name, heading, and rows of `images`, worst first."""
+    confident = np.argsort(-abs(images.probability - threshold), kind="stable")
+    predicted = (images.probability > threshold)[confident]
+    wrong = predicted != images.label[confident]
+    right = confident[~wrong]
+    groups = (
+        ("false_positives", "Most confident false positives", confident[wrong & predicted]),
+        ("false_negatives", "Most confident false negatives", confident[wrong & ~predicted]),
+        ("least_certain", "Least certain", confident[::-1][:SHEET_TILES]),
+        ("right", "Right, for comparison", right[:: math.ceil(len(right) / SHEET_TILES) or 1]),
+    )
+    for name, heading, rows in groups:
+        for start in range(0, min(len(rows), 2 * SHEET_TILES), SHEET_TILES):
+            page = start // SHEET_TILES + 1
+            yield f"{name}_{page}.png", f"{heading} ({page})", rows[start : start + SHEET_TILES]
+
+
+# ----- windows
+
+
+def choose_backend() -> None:
+    """Let matplotlib start where MPLBACKEND names a backend that cannot be imported.
+
+    A notebook's kernel exports its own to every command. To be called before any other import of
+    matplotlib, which fails at such a name.
+    """
+    name = os.environ.pop("MPLBACKEND", "")
+    from matplotlib import rcParams
+    from matplotlib.backends.registry import backend_registry
+
+    registry: Any = backend_registry
+    if name:
+        try:
+            registry.load_backend_module(name)
+        except (ImportError, RuntimeError, ValueError):
+            warn(f"MPLBACKEND={name}: cannot be imported; figures are saved, no window opens")
+            name = "Agg"
+        os.environ["MPLBACKEND"] = rcParams["backend"] = name
+
+
+def can_show(no_show: bool) -> bool:
+    """Return whether a window can open: a terminal, an interactive backend, and no --no-show."""
+    if no_show or not sys.stdout.isatty():
+        return False
+    from matplotlib import pyplot
+    from matplotlib.backends.registry import backend_registry
+
+    registry: Any = backend_registry
+    backend = pyplot.get_backend()
+    try:
+        pyplot.switch_backend(backend)
+    except ImportError:  # it lacks its display or its toolkit
+        return False
+    return registry.resolve_backend(backend)[1] is not None
 
 
 def show_windows() -> None:
-    """Open the figures that were kept, and wait until they are closed."""
+    """Open the figures that were made with a window, and wait until they are closed."""
     from matplotlib import pyplot
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the windows' loop would not notice the noted one
     pyplot.show()
+# ===== 10 evaluate, predict, export ===============================================================
+
+HEATMAP_ENDING = "_heatmap.png"  # of figures that --predict names by itself
+FIGURE_ROWS = 16  # views in a figure at most; MURA's studies have up to 13
+FAINT_HEAT = 4.0  # log odds, from 0.5 to 0.98: the colour scale reaches at least this far
+CAM_SIDE = 1024  # pixels: maps of larger images are kept at this size, and enlarged where wanted
+WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
+EXPORT_TOLERANCE = 1e-4  # probability: how far an exported model may be from torch
+OUTPUT_COLUMNS = (
+    "path", "prediction", "confidence", "probability", "error", "left", "top", "right", "bottom",
+    "view", "study_uid", "probability_at_prevalence", "threshold", "model", "version", "date")
+REPORT_NOTES = [
+    "train/ was split by patient into train and val across body parts; val chose the epoch, and "
+    "the temperatures were fitted on it. MURA's valid/ is the test: each further look makes it "
+    "less so.",
+    "The loss weighs both classes of a body part alike, so a probability is that among as many "
+    "normal as abnormal images; --prevalence corrects it.",
+    "With TTA a logit is the mean of those of the image and of its horizontal flip.",
+]
+PAPER_NOTE = ("MURA's paper reports AUROC 0.929 on a hidden test set of 207 studies, which this is "
+              "not: the numbers are not comparable.")
 
 
-# ===== 16 demo and export ============================================================================================
-
-DEMO_STUDIES, DEMO_PARTS = (136, 36), ("XR_FOREARM", "XR_HUMERUS")  # of train and valid, of each part
-EXPORT_TOLERANCE = 1e-4  # probability: how far an exported network may be from torch
-
-
-def lesion_boxes(root: Path) -> dict[Path, tuple[int, int, int, int]]:
-    """Read where the lesion of each abnormal phantom of valid/ lies: left, top, right, bottom, pixels."""
-    with (root / PHANTOM_LIST).open(newline="") as file:
-        return {
-            root.parent / row["path"]: (int(row["left"]), int(row["top"]), int(row["right"]), int(row["bottom"]))
-            for row in csv.DictReader(file) if "/valid/" in row["path"]
-        }
+def load_ensemble(config: Config, hardware: DevicePrecision) -> Ensemble:
+    """Return the models of --checkpoint."""
+    models = [load_model(path, hardware, config.tta) for path in config.checkpoint]
+    return Ensemble(models, hardware)
 
 
-def pointing_game(results: Sequence[Result], boxes: dict[Path, tuple[int, int, int, int]]) -> str:
-    """Say how often the evidence for abnormal peaks on the lesion (arXiv 1608.00507), and how often chance would.
+def stored_threshold(models: Sequence[LoadedModel]) -> tuple[float, str]:
+    """Return the models' threshold and where it is from; the mean where they differ."""
+    kinds = {(model.threshold, model.threshold_source) for model in models}
+    source = models[0].threshold_source if len(kinds) == 1 else "the mean of the models' own"
+    return float(np.mean([model.threshold for model in models])), source
 
-    A hit is a peak no farther from the box than half a cell of the network's map, which is as fine as a map can point;
-    chance is the share of the image that counts as a hit.
+
+def body_part_warning(models: Sequence[LoadedModel], body_part: str) -> str:
+    """Return a warning where no model was trained on a body part, else ""."""
+    parts = {part.upper().removeprefix("XR_") for model in models for part in model.body_parts}
+    known = sorted(parts)
+    if not body_part or "ALL" in known or body_part.upper().removeprefix("XR_") in known:
+        return ""
+    return (f"shows a body part ({body_part}) that the model was not trained on (it was on "
+            f"{', '.join(known)}); the result is unreliable")
+
+
+def predicted_class(probability: float, threshold: float) -> str:
+    """Return the class of a probability of abnormal: the one place where a threshold is applied."""
+    return "" if math.isnan(probability) else CLASSES[int(probability > threshold)]
+
+
+# ---- evaluate ----
+
+
+class Evaluation:
+    """The metrics of an ensemble on a split, and the files that hold them.
+
+    Args:
+        config: the flags of the evaluation.
+        ensemble: the models.
+        scan: the split.
+        members: each model's predictions.
+        notes: what else the report is to say.
     """
-    hits, chance = [], []
-    for result in results:
-        evidence, (_, _, size, _) = result.findings[0].evidence, result.findings[0].looks[0]
-        slack = max(evidence.shape) * MAP_STRIDE / size / 2
-        left, top, right, bottom = np.array(boxes[result.path]) + slack * np.array((-1, -1, 1, 1))
-        y, x = np.indices(evidence.shape)
-        inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
-        hits.append(inside.flat[evidence.argmax()])
-        chance.append(inside.mean())
-    return (f"heat peaks on the lesion in {sum(hits)} of {len(hits)} abnormal images that were called so ({np.mean(hits):.0%}; "
-            f"chance {np.mean(chance):.0%})")
+
+    def __init__(
+        self, config: Config, ensemble: Ensemble, scan: Scan, members: Sequence[Predictions],
+        notes: Sequence[str],
+    ) -> None:
+        self.config, self.ensemble, self.scan, self.members = config, ensemble, scan, members
+        mean = np.mean([member.probability for member in members], axis=0)
+        self.images = replace(members[0], probability=mean)
+        self.studies = pool_studies(self.images, ensemble.study_temperature)
+        self.threshold, self.source = stored_threshold(ensemble.models)
+        self.notes = [*REPORT_NOTES, *notes, INTERVAL_NOTE, *[PAPER_NOTE] * scan.is_mura]
+        rule = config.threshold
+        if isinstance(rule, float):
+            self.threshold, self.source = rule, "given"
+        elif rule and config.mode == "E":
+            self.threshold, self.source = choose_threshold(rule, self.studies), f"{rule} here"
+            self.notes.append("The threshold was chosen on these studies: metrics at it are "
+                              "optimistic.")
+
+    def measure(self, images: Predictions, study_temperature: float) -> Content:
+        """Return the metrics of images and of the studies they make up."""
+        config = self.config
+        return evaluate(
+            images, self.threshold, study_temperature=study_temperature, resamples=config.bootstrap,
+            seed=config.seed, prevalence=config.prevalence)
+
+    def report(self, bad_images: Mapping[str, str]) -> Content:
+        """Return what STEM.report.json holds."""
+        models, split = self.ensemble.models, self.scan.split
+        names = ("digest", "temperature", "study_temperature", "tta", "bad_images")
+        stored = {name: [getattr(model, name) for model in models] for name in names}
+        report = {
+            "split": split, "checkpoints": [str(model.path) for model in models],
+            "version": __version__, "date": now(), "is_mura": self.scan.is_mura,
+            "threshold": self.threshold, "threshold_source": self.source, "training": stored,
+            "bad_images": bad_images, "notes": self.notes,
+            **self.measure(self.images, self.ensemble.study_temperature),
+        }
+        return report | (self.compare_models() if len(models) > 1 else {})
+
+    def compare_models(self) -> Content:
+        """Return each model's metrics, and what it has more than the first; the ensemble, too."""
+        config, metrics, studies = self.config, {}, {}
+        for model, images in zip(self.ensemble.models, self.members, strict=True):
+            metrics[str(model.path)] = self.measure(images, model.study_temperature)["levels"]
+            studies[str(model.path)] = pool_studies(images, model.study_temperature)
+        first, *others = [*studies, "ensemble"]
+        studies["ensemble"] = self.studies
+        resampling = self.threshold, config.bootstrap, config.seed
+        differences = {name: compare(studies[first], studies[name], *resampling) for name in others}
+        return {"models": metrics, "differences": differences}
+
+    def warn_about_training(self) -> None:
+        """Warn of patients and body parts that the models have seen, or not seen, in training."""
+        patients, models = set(self.images.patient.tolist()), self.ensemble.models
+        texts = []
+        for model in models:
+            train, val = (len(patients & set(model.patients[side])) for side in ("train", "val"))
+            if train or val:
+                texts.append(f"{model.path}: {train} of the {len(patients)} patients of "
+                             f"{self.scan.split} were trained on, {val} used for validation: "
+                             "metrics are optimistic (leakage)")
+        for part in np.unique(self.images.body_part):
+            if text := body_part_warning(models, part):
+                texts.append(f"{self.scan.split} {text}")
+        for text in [*texts, *self.scan.notes]:
+            warn(text)
+        self.notes += texts
+
+    def write(self, bad_images: Mapping[str, str]) -> None:
+        """Print the report, and write the table of images, the report and its picture."""
+        self.warn_about_training()
+        report = self.report(bad_images)
+        for line in format_report(report).splitlines():
+            log(line)
+        table = ".train.csv" if self.scan.split == "train" else ".test.csv"
+        files = [self.config.file(ending) for ending in (table, ".report.json", ".report.png")]
+        picture = plot_report(report, self.images, self.studies)
+        for file, content in zip(files, (self.table(), json_text(report), picture), strict=True):
+            atomic_write(file, content)
+        log(f"written: {', '.join(map(str, files))}")
+
+    def table(self) -> bytes:
+        """Return the CSV with a row an image; absolute_error sorts it by how wrong a row is."""
+        images, prevalence = self.images, self.config.prevalence
+        columns = dict(vars(images))
+        if self.scan.split in ("train", "valid"):
+            columns["path"] = [f"{self.scan.split}/{name}" for name in images.path]
+        columns["absolute_error"] = np.abs(images.label - images.probability)
+        if prevalence:
+            corrected = correct_prevalence(images.probability, prevalence)
+            columns["probability_at_prevalence"] = corrected
+        rows = zip(*columns.values(), strict=True)
+        return csv_text([dict(zip(columns, row, strict=True)) for row in rows], list(columns))
+
+    def write_gallery(self, folder: Path) -> None:
+        """Write contact sheets of the most wrong images with their heatmaps."""
+        files = {record.name: Path(record.path) for record in self.scan.records}
+        predictor = Predictor(self.ensemble, self.threshold, self.config)
+        for name, title, rows in gallery_pages(self.images, self.threshold):
+            paths = [files[self.images.path[row]] for row in rows]
+            results = predictor.studies([PredictInput(path, (path,)) for path in paths])
+            tiles = [(view.pixels, view.cam, tile_caption(self.images, row))
+                     for result, row in zip(results, rows, strict=True) for view in result.readable]
+            scale = heat_scale(cam for _, cam, _ in tiles)
+            unit = CAM_METHODS[self.config.cam].unit
+            sheet = gallery_sheet(tiles, title, self.config.cam_class, unit, scale)
+            atomic_write(folder / name, sheet)
+            log(f"written: {folder / name}")
 
 
-class Deployed(nn.Module):
-    """A model with its preprocessing, as --export writes it: (B, 1, S, S) grey, 0 to 1, to probabilities of abnormal (B,)."""
+def evaluate_ensemble(
+    config: Config, ensemble: Ensemble, scan: Scan, cache: Path, distributed: Distributed,
+    training: MuraDataset | None = None,
+) -> None:
+    """Evaluate models, alone and together, on a split; print the report and write its files.
 
-    def __init__(self, member: Member) -> None:
+    Args:
+        config: the flags of the evaluation.
+        ensemble: the models.
+        scan: the images.
+        cache: folder of decoded images.
+        distributed: batches are shared by its processes; rank 0 reports.
+        training: the images of training, if known, to be told from the evaluated ones.
+    """
+    data = [MuraDataset(shared_decode(scan, model.shape, cache, config, distributed))
+            for model in ensemble.models]
+    first = data[0]
+    bad_images = report_bad_images(scan, first.caches, config.on_bad_image)
+    loaders = [BatchLoader(images, ensemble.hardware.device) for images in data]
+    with Progress(len(first), f"evaluate {scan.split}") as bar:
+        logits = ensemble.predict_dataset(loaders, config.eval_batch_size, distributed, bar.update)
+    if distributed.rank == 0:
+        for i in np.flatnonzero(~np.isfinite(logits).all(axis=0)):
+            raise UserError(f"{first.records[i].path}: the model's output is not finite; use "
+                            "--precision fp32 or another model", EXIT_FAILED)
+        notes, dropped = check_duplicates(first, training, scan.split, drop=config.drop_duplicates)
+        kept = [i for i, record in enumerate(first.records) if record.name not in dropped]
+        records = [first.records[i] for i in kept]
+        members = [as_predictions(records, row[kept]) for row in ensemble.probabilities(logits)]
+        evaluation = Evaluation(config, ensemble, scan, members, notes)
+        evaluation.write(bad_images)
+        if config.mode == "E" and config.figure:
+            evaluation.write_gallery(config.figure)
+    distributed.wait()
+
+
+def check_duplicates(
+    dataset: MuraDataset, training: MuraDataset | None, split: str, *, drop: bool
+) -> tuple[list[str], set[str]]:
+    """Return what the report is to say of duplicates, which is also warned, and what to drop."""
+    datasets = {split: dataset} | ({"training": training} if training else {})
+    notes, concerned = find_duplicates(datasets)
+    names = concerned.get(split, set())
+    if names:
+        done = "were left out" if drop else "are kept: --drop-duplicates leaves them out"
+        notes.append(f"{len(names)} duplicate images of {split} {done}")
+    for note in notes:
+        warn(note)
+    return notes, names if drop else set()
+
+
+def require_own_report(config: Config, split: str) -> None:
+    """Refuse to replace the report of another split or of other models.
+
+    Raises:
+        UserError: the report is there, and --overwrite is not given.
+    """
+    path = config.file(".report.json")
+    require_writable(path)
+    if config.overwrite or not path.exists():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(path.read_text())
+        if (earlier["split"], earlier["checkpoints"]) == (split, list(map(str, config.checkpoint))):
+            return
+    raise UserError(f"{path}: is the report of another split or model; use another --output, or "
+                    "--overwrite")
+
+
+# ---- predict ----
+
+
+@dataclass(frozen=True)
+class PredictInput:
+    """What is asked about: an image, or a study with its views; one without files has an error."""
+
+    path: Path
+    files: tuple[Path, ...]
+    study_uid: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ViewResult:
+    """One image: what was read and what the models answered, or why it failed."""
+
+    path: Path
+    pixels: Pixels  # (H, W) of the original
+    probability: float = math.nan  # of abnormal, the mean of the models
+    cam: Any = None  # heatmap of the class explained, at most CAM_SIDE px a side; see CamMethod
+    box: Box | None = None  # of the heatmap's strongest region
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def heatmap(self) -> npt.NDArray[np.float32]:
+        """The heatmap at the original's pixels, (H, W)."""
+        return resize_map(self.cam, *self.pixels.shape)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """An input with its views; a study's probability is pooled from those that could be read."""
+
+    path: Path
+    views: tuple[ViewResult, ...]
+    probability: float  # of abnormal; NaN where no view could be read
+    threshold: float
+    explained: str  # class of the heatmaps
+    unit: str  # of the heatmaps
+    error: str = ""
+    study_uid: str = ""
+
+    @property
+    def readable(self) -> tuple[ViewResult, ...]:
+        """The views that have a probability."""
+        return tuple(view for view in self.views if not view.error)
+
+    @property
+    def label(self) -> str:
+        """The predicted class, "normal" or "abnormal"; "" where no view could be read."""
+        return predicted_class(self.probability, self.threshold)
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the predicted class."""
+        return self.probability if self.label == "abnormal" else 1 - self.probability
+
+    @property
+    def heatmaps(self) -> list[npt.NDArray[np.float32]]:
+        """The heatmap of each readable view, (H, W)."""
+        return [view.heatmap for view in self.readable]
+
+    @property
+    def summary(self) -> str:
+        """Class and confidence in words; the probability at a threshold other than 0.5."""
+        if self.threshold == 0.5:
+            return f"{self.label}, confidence {percent(self.confidence)}"
+        return f"{self.label}, threshold {self.threshold:.3g}"
+
+    @property
+    def explanation(self) -> tuple[Any, ...]:
+        """Views, lines of the heading, class, unit and scale of its figure."""
+        heading = ["/".join(self.path.parts[-4:]), f"{self.summary} - {RESEARCH_ONLY}"]
+        scale = heat_scale(view.cam for view in self.readable)
+        return self.readable[:FIGURE_ROWS], heading, self.explained, self.unit, scale
+
+    def figure(self) -> Any:
+        """Return a matplotlib figure with original | heatmap | overlay of each view."""
+        figure = new_figure()
+        draw_explanation(figure, *self.explanation)
+        return figure
+
+
+def heat_scale(heatmaps: Iterable[npt.NDArray[Any]]) -> float:
+    """Return the top of the colour scale, so that faint heat stays faint."""
+    return max([FAINT_HEAT, *(float(heatmap.max()) for heatmap in heatmaps)])
+
+
+def percent(probability: float) -> str:
+    """Return a probability as text, never 100 % or 0 %, which none means."""
+    if probability >= 0.9995:
+        return "above 99.9%"
+    return f"{probability:.1%}" if probability >= 0.0005 else "below 0.1%"
+
+
+def now() -> str:
+    """Return the date and time, with the time zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def collect_inputs(paths: Iterable[Path]) -> Iterator[PredictInput]:
+    """Yield files, folders and study folders in the order given, natural within folders."""
+    for path in paths:
+        if os.path.isdir(path):  # unlike Path.is_dir, it never raises
+            found = list(search_folder(path))
+            yield from found or [PredictInput(path, (), error="holds no images")]
+        else:
+            yield PredictInput(path, (path,))
+
+
+def search_folder(top: Path) -> Iterator[PredictInput]:
+    """Yield the images and studies in a folder, judged by their content.
+
+    A folder named study1, study1_positive, ... is a study, and so are the DICOM files of one
+    StudyInstanceUID; any other image stands for itself. Links to folders are followed, each folder
+    once; what is left out is counted.
+    """
+    closed: list[OSError] = []
+    by_uid: defaultdict[str, list[Path]] = defaultdict(list)
+    skipped = []
+    for folder in walk_folders(top, closed.append):
+        images = {}
+        for path in (Path(folder, name) for name in file_names(folder)):
+            header = read_header(path)
+            if header and not is_own_figure(path):
+                images[path] = header
+            else:
+                skipped.append(path.name)
+        name = os.path.basename(os.path.realpath(folder))
+        if images and re.fullmatch(r"study\d+(_\w+)?", name, re.IGNORECASE):
+            yield PredictInput(Path(folder), tuple(images))
+            continue
+        for path, header in images.items():
+            if header.study_uid:
+                by_uid[header.study_uid].append(path)
+            else:
+                yield PredictInput(path, (path,))
+    for uid, files in by_uid.items():
+        folder = os.path.commonpath([path.parent for path in files])
+        yield PredictInput(Path(folder) if len(files) > 1 else files[0], tuple(files), uid)
+    for error in closed:
+        yield PredictInput(Path(error.filename), (), error=f"cannot be read ({error.strerror})")
+    if skipped:
+        warn(f"{top}: {len(skipped)} files are no images and are left out, such as {skipped[0]}")
+
+
+def walk_folders(top: Path, onerror: Callable[[OSError], object]) -> Iterator[str]:
+    """Yield a folder and those below it, but hidden ones; through links, once each."""
+    seen: set[str] = set()
+    for folder, names, _ in os.walk(top, onerror=onerror, followlinks=True):
+        place = os.path.realpath(folder)
+        visible = [name for name in names if name[0] != "." and place not in seen]
+        names[:] = sorted(visible, key=natural_key)
+        if place not in seen:
+            seen.add(place)
+            yield folder
+
+
+def is_own_figure(path: Path) -> bool:
+    """Return whether --predict saved this picture beside the images."""
+    return path.name.endswith(HEATMAP_ENDING) and is_ours(path)
+
+
+class Predictor:
+    """Reads, classifies and explains images with an ensemble.
+
+    Args:
+        ensemble: the models.
+        threshold: abnormal above this probability.
+        config: heatmap method and class, batch size and number of decoding threads.
+    """
+
+    def __init__(self, ensemble: Ensemble, threshold: float, config: Config) -> None:
+        self.ensemble, self.threshold, self.config = ensemble, threshold, config
+
+    def predict(self, path: str | Path) -> StudyResult:
+        """Return the result of an image, or of a folder whose images are one study.
+
+        Raises:
+            UserError: nothing in it can be read.
+        """
+        path = Path(path)
+        files = [path / name for name in file_names(path)] if path.is_dir() else [path]
+        images = [file for file in files if file == path or read_header(file)]
+        (result,) = self.studies([PredictInput(path, tuple(images))])
+        if not result.label:
+            raise UserError(f"{path}: {result.error or 'holds no images'}", EXIT_FAILED)
+        return result
+
+    def studies(self, inputs: Sequence[PredictInput]) -> Iterator[StudyResult]:
+        """Yield a result for each input, in order; images are decoded ahead."""
+        size, workers = self.config.eval_batch_size, self.config.workers or core_count()
+        paths = (path for item in inputs for path in item.files)
+        views = self.classify(map_ahead(self.read, paths, workers, size))
+        for item in inputs:
+            yield self.pool(item, tuple(itertools.islice(views, len(item.files))))
+
+    def pool(self, item: PredictInput, views: tuple[ViewResult, ...]) -> StudyResult:
+        """Return the result of an input from its views."""
+        each = np.array([view.probability for view in views if not view.error])
+        probability = math.nan
+        if len(each):
+            one_study = np.zeros(len(each), int)
+            probability = float(pool_views(each, one_study, self.ensemble.study_temperature)[0])
+        errors = [f"{view.path.name}: {view.error}" for view in views if view.error]
+        error = item.error or (views[0].error if len(views) == 1 else "; ".join(errors))
+        label = predicted_class(probability, self.threshold)
+        explained = label if self.config.cam_class == "predicted" else self.config.cam_class
+        method = CAM_METHODS[self.config.cam]
+        views = tuple(explain_view(view, method, self.threshold, explained) for view in views)
+        return StudyResult(item.path, views, probability, self.threshold, explained, method.unit,
+                           error, item.study_uid)
+
+    def read(self, path: Path) -> tuple[ViewResult, list[Pixels]]:
+        """Return a decoded image and each model's input, or why it cannot be read."""
+        try:
+            radiograph = read_radiograph(path)
+        except BadImage as error:
+            return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error)), []
+        found = list(radiograph.warnings)
+        if doubt := unlike_radiograph(radiograph):
+            found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
+        named = [piece for piece in path.absolute().parts if piece.upper().startswith("XR_")]
+        part = radiograph.body_part or "".join(named[-1:])
+        found.append(body_part_warning(self.ensemble.models, part))
+        models = self.ensemble.models
+        squares = [resize_square(radiograph.pixels, *model.shape) for model in models]
+        return ViewResult(path, radiograph.pixels, warnings=tuple(filter(None, found))), squares
+
+    def classify(
+        self, decoded: Iterator[tuple[ViewResult, list[Pixels]]]
+    ) -> Iterator[ViewResult]:
+        """Yield decoded images with their probability and map, a batch at a time, in order."""
+        while batch := list(itertools.islice(decoded, self.config.eval_batch_size)):
+            squares = [inputs for view, inputs in batch if not view.error]
+            answers = self.answer(squares) if squares else iter(())
+            for view, _ in batch:
+                yield view if view.error else replace(view, **self.on_pixels(view, *next(answers)))
+
+    def answer(self, squares: Sequence[list[Pixels]]) -> Iterator[tuple[Floats, list[Tensor]]]:
+        """Yield each image's probabilities (members,), and a map (S, S) of each member."""
+        stacks = [np.stack(batch)[:, None] for batch in zip(*squares, strict=True)]
+        images = [torch.from_numpy(stack).to(self.ensemble.hardware.device) for stack in stacks]
+        sign = self.explained_signs(images, len(squares))
+        logits, maps = self.ensemble.explain(images, CAM_METHODS[self.config.cam], sign)
+        probabilities = self.ensemble.probabilities(logits.cpu().double().numpy())
+        for i in range(len(squares)):
+            yield probabilities[:, i], [heat[i] for heat in maps]
+
+    def explained_signs(self, images: Sequence[Tensor], count: int) -> Tensor:
+        """Return 1 for each image whose "abnormal" is to be explained and -1 for "normal", (B,)."""
+        explained = [self.config.cam_class] * count
+        if self.config.cam_class == "predicted":
+            logits = self.ensemble.logits(images).cpu().double().numpy()
+            mean = self.ensemble.probabilities(logits).mean(axis=0)
+            explained = [predicted_class(p, self.threshold) for p in mean]
+        signs = [1.0 if name == "abnormal" else -1.0 for name in explained]
+        return torch.tensor(signs, device=self.ensemble.hardware.device)
+
+    def on_pixels(self, view: ViewResult, probabilities: Floats, maps: Sequence[Tensor]) -> Content:
+        """Return probability and map of an image, the means of the models'."""
+        if not np.isfinite(probabilities).all():
+            return {"error": "the model's output is not finite"}
+        height, width = view.pixels.shape
+        scale = min(1.0, CAM_SIDE / max(height, width))
+        grid = max(1, round(height * scale)), max(1, round(width * scale))
+        total = np.zeros(grid, np.float32)
+        for square, model in zip(maps, self.ensemble.models, strict=True):
+            left, top, right, bottom = letterbox_box(height, width, *model.shape)
+            content = square[top:bottom, left:right].cpu().numpy()
+            total += resize_map(content, *grid) / len(maps)
+        return {"probability": float(probabilities.mean()), "cam": total}
+
+
+def explain_view(
+    view: ViewResult, method: CamMethod, threshold: float, explained: str
+) -> ViewResult:
+    """Return a view with its heatmap of one class, in the method's unit, and its box."""
+    if view.error:
+        return view
+    sign = 1 if explained == "abnormal" else -1
+    above = sign * log_odds_above(view.probability, threshold)
+    cam = np.maximum(sign * view.cam, 0)
+    if method.fused:
+        cam = cam * np.float32(max(above, 0) / max(cam.max(), 1e-30))
+    box = strongest_region(cam) if sign > 0 and above > 0 else None
+    if box:
+        (height, width), (rows, columns) = view.pixels.shape, cam.shape
+        left, top, right, bottom = box
+        box = (left * width // columns, top * height // rows,
+               -(-right * width // columns), -(-bottom * height // rows))
+    return replace(view, cam=cam, box=box)
+
+
+def output_row(result: StudyResult) -> Content:
+    """Return the row of --output."""
+    row: Content = {"path": str(result.path), "error": result.error, "study_uid": result.study_uid}
+    if result.label:
+        row |= {"prediction": result.label, "confidence": result.confidence,
+                "probability": result.probability}
+    if result.label == "abnormal":
+        strongest = max(result.readable, key=lambda view: view.probability)
+        box = strongest.box or [None] * 4
+        row |= dict(zip(OUTPUT_COLUMNS[5:9], box, strict=True)) | {"view": strongest.path.name}
+    return {name: row.get(name) or None for name in OUTPUT_COLUMNS[:11]}
+
+
+def output_rows(config: Config, result: StudyResult) -> Content:
+    """Return the row of an input, with what it was made with and a row for each of its views."""
+    row = output_row(result)
+    views = [replace(result, path=view.path, views=(view,), probability=view.probability,
+                     error=view.error) for view in result.views]
+    row |= {"threshold": result.threshold, "model": " ".join(map(str, config.checkpoint)),
+            "version": f"{PROGRAM} {__version__}", "date": now(),
+            "views": [output_row(view) for view in views]}
+    if config.prevalence and result.label:
+        corrected = correct_prevalence(np.array([result.probability]), config.prevalence)
+        row["probability_at_prevalence"] = float(corrected[0])
+    return row
+
+
+def write_output(path: Path, rows: Sequence[Content]) -> None:
+    """Write --output as its suffix says."""
+    is_json = path.suffix == ".json"
+    atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
+
+
+def predict_command(config: Config) -> int:
+    """Classify and explain what --predict names; returns the exit code."""
+    inputs = list(collect_inputs(config.predict))
+    figures = figure_files(config.figure, inputs)
+    targets = {"output": config.output, "save-cam": config.save_cam}
+    require_targets(config, targets | {"figure": next(iter(figures), None)}, inputs)
+    hardware = choose_precision(choose_device(config.device), config.precision)
+    ensemble = load_ensemble(config, hardware)
+    given = config.threshold
+    threshold = given if isinstance(given, float) else stored_threshold(ensemble.models)[0]
+    show = can_show(config.no_show)
+    warn(RESEARCH_ONLY)
+    rows: list[Content] = []
+    saved_at = time.monotonic()
+    try:
+        bar = Progress(len(inputs), "predict", "input")
+        with bar, open_maps(config.save_cam) as archive:
+            results = Predictor(ensemble, threshold, config).studies(inputs)
+            for result, figure in itertools.zip_longest(results, figures):
+                rows.append(output_rows(config, result))
+                print_result(result, rows[-1].get("probability_at_prevalence"))
+                save_maps(archive, result)
+                if figure and result.label:
+                    explain_result(result, figure, show=show and len(rows) <= WINDOWS)
+                bar.update()
+                if config.output and time.monotonic() > saved_at + 1:
+                    write_output(config.output, rows)
+                    saved_at = time.monotonic()
+    finally:  # what was predicted before a stop is kept
+        if config.output:
+            write_output(config.output, rows)
+    if show:
+        warn("the program ends when its windows are closed")
+        show_windows()
+    failed = any(row["error"] for row in rows)
+    some = any(row["prediction"] for row in rows)
+    return EXIT_DONE if not failed else EXIT_SOME_FAILED if some else EXIT_FAILED
+
+
+def figure_files(figure: Path | None, inputs: Sequence[PredictInput]) -> list[Path]:
+    """Return the file of each input's figure; none for several inputs without --figure.
+
+    Raises:
+        UserError: one picture is named for several inputs.
+    """
+    stems = [figure_stem(item.path) for item in inputs]
+    is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
+    if len(inputs) == 1:
+        folder = figure or Path()
+        return [folder if is_picture else folder / f"{stems[0]}{HEATMAP_ENDING}"]
+    if is_picture:
+        raise UserError(f"--figure {figure}: name a folder for several inputs")
+    if not figure:
+        return []
+    return [figure / f"{i:04d}_{stem}{HEATMAP_ENDING}" for i, stem in enumerate(stems, 1)]
+
+
+def figure_stem(path: Path) -> str:
+    """Return what a figure is named after: its input, cut where there is no room for an ending."""
+    stem = Path(os.path.realpath(path)).stem  # unlike Path.resolve, it takes links in a circle
+    return stem if len(os.fsencode(stem)) <= 200 else shorten(stem, 50)
+
+
+def require_targets(
+    config: Config, targets: Mapping[str, Path | None], inputs: Sequence[PredictInput]
+) -> None:
+    """Check before the work that files can be written and replace nothing foreign.
+
+    Raises:
+        UserError: one is an input, cannot be written, or is there and not of this program.
+    """
+    read = {os.path.realpath(path) for item in inputs for path in item.files}
+    header = ",".join(OUTPUT_COLUMNS[:5]).encode()
+    for flag, path in targets.items():
+        if path and os.path.realpath(path) in read:
+            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
+        if path:
+            require_writable(path)
+        if path and path.exists() and not config.overwrite and not is_ours(path, header):
+            raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
+                            "another name, or --overwrite")
+
+
+def print_result(result: StudyResult, at_prevalence: float | None) -> None:
+    """Print an input, a line on stdout (and one a view of a study), or on stderr why it failed."""
+    for view in result.views:
+        for text in view.warnings:
+            warn(f"{view.path}: {text}")
+    if result.error:
+        warn(f"{result.path}: {result.error}")
+    if not result.label:
+        return
+    is_study = len(result.views) > 1
+    views = f", {len(result.views)} views" if is_study else ""
+    corrected = f", {percent(at_prevalence)} at --prevalence" if at_prevalence else ""
+    chance = percent(result.probability)
+    log(f"{result.path}: {result.summary} (probability of abnormal {chance}{corrected}{views})")
+    for view in result.readable if is_study else ():
+        log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
+
+
+@contextlib.contextmanager
+def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
+    """Yield the archive of --save-cam, if it is asked for."""
+    if not path:
+        yield None
+        return
+    kind = zipfile.ZIP_DEFLATED
+    with temporary_file(path) as temporary, zipfile.ZipFile(temporary, "w", kind) as archive:
+        archive.comment = f"{PROGRAM} {__version__}".encode()
+        yield archive
+
+
+def save_maps(archive: zipfile.ZipFile | None, result: StudyResult) -> None:
+    """Add a result's heatmaps to an .npz archive, by the path of their images.
+
+    As numpy.savez_compressed does, which does not take an image of the name "file".
+    """
+    if not archive:
+        return
+    for view in result.readable:
+        name = str(view.path).encode(errors="backslashreplace").decode()  # may be any bytes
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array(entry, view.heatmap)
+
+
+def explain_result(
+    result: StudyResult, file: Path, *, show: bool, lesion: Box | None = None
+) -> None:
+    """Save original | heatmap | overlay of an input, a row a view."""
+    window = result.path.name if show else ""
+    content = save_explanation(*result.explanation, [lesion], suffix=file.suffix, window=window)
+    atomic_write(file, content)
+    count = len(result.readable)
+    rest = f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""
+    log(f"    figure: {file}{rest}")
+
+
+# ---- export ----
+
+
+class ExportedModel(nn.Module):
+    """A model with its preprocessing as --export writes it."""
+
+    def __init__(self, model: LoadedModel) -> None:
         super().__init__()
-        self.member, self.network = member, member.network
+        self.model, self.network = model, model.network
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map grey images (B, 1, S, S), 0 to 1, to probabilities (B,)."""
-        logits = logits_of(self.network, self.member.normalization(images), tta=self.member.tta)
-        return torch.sigmoid(logits / self.member.temperature)
+        """Return probabilities (B,) of grey images (B, 1, S, S), 0 to 1."""
+        return torch.sigmoid(self.model.logits(images) / self.model.temperature)
 
 
-def to_pt2(program: Any, about: dict[str, str]) -> bytes:
-    """Give the content of a .pt2 file, torch's own format; `about` becomes the extra file about.json."""
+def to_pt2(program: Any, about: Mapping[str, str]) -> bytes:
+    """Return the content of a .pt2 file, torch's own format; `about` is its file about.json."""
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
     return content.getvalue()
 
 
 def run_pt2(content: bytes, images: Tensor) -> np.ndarray:
-    """Run a .pt2 file on images, to probabilities (B,)."""
+    """Return the probabilities (B,) of a .pt2 file."""
     return np.asarray(torch.export.load(io.BytesIO(content)).module()(images))
 
 
-def to_onnx(program: Any, about: dict[str, str]) -> bytes:
-    """Give the content of an .onnx file; `about` becomes the model's metadata."""
+def to_onnx(program: Any, about: Mapping[str, str]) -> bytes:
+    """Return the content of an .onnx file; `about` is the model's metadata."""
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        exported: Any = torch.onnx.export(program, input_names=["images"], output_names=["probability"], dynamo=True)
-    model = exported.model_proto
+        exported: Any = torch.onnx.export(
+            program, input_names=["images"], output_names=["probability"], dynamo=True)
     for name, text in about.items():
-        model.metadata_props.add(key=name, value=text)
-    return bytes(model.SerializeToString())
+        exported.model_proto.metadata_props.add(key=name, value=text)
+    return bytes(exported.model_proto.SerializeToString())
 
 
 def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
-    """Run an .onnx file on images, to probabilities (B,)."""
+    """Return the probabilities (B,) of an .onnx file."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"images": images.numpy()})[0])
 
 
-# ===== 17 commands ===================================================================================================
+def export_command(config: Config) -> int:
+    """Write the model of --checkpoint as ONNX or .pt2, and compare the file's output with torch's.
 
-
-def train_command(config: Config, stop: StopSignals) -> int:
-    """Train, keep the best model by validation accuracy, then score valid/ once."""
-    run = start_run(config, stop)
-    require_place(config.checkpoint[0])
-    index = index_split(run.root, "train", config.tasks)
-    announce(index)
-    train_views, val_views = split_patients(index.views, config.val_split, config.seed)
-    class_weights(train_views)  # both classes must be there: said before the long work
-    has_test = (run.root / "valid").is_dir()
-    if has_test:
-        index_split(run.root, "valid", config.tasks)  # so is what would keep it from being scored
-    state = path_of(config, ".last.pth")
-    resumes = config.resume and state.exists()  # its weights replace the initial ones
-    network = build_network(config.model or PAPER_MODEL, "none" if resumes else config.weights, config.seed)
-    size = choose_image_size(index.views, config.image_size)
-    decoded = decode_split(run, index, size, config.fit)
-    train, val = MuraDataset(decoded, train_views), MuraDataset(decoded, val_views)
-    for name, dataset in (("train", train), ("val", val)):
-        if not len(dataset):
-            raise UserError(f"{run.root}: none of the images of {name} can be read", EXIT_FAILED)
-    say(f"train: {len(train)} images of {len({v.patient for v in train.views})} patients; "
-        f"val: {len(val)} images of {len({v.patient for v in val.views})} patients; {size} x {size} px")
-    session = Session(run, network, train, val, size, len(decoded.bad))
-    if config.resume:
-        session.resume()
-    elif state.exists():
-        say(f"{state}: holds an earlier run, which this one replaces; --resume would continue it")
-    if run.processes.rank == 0:
-        write_split(config, train_views, val_views)
-    session.train()
-    if has_test:
-        score_split(run, load_members(config, run.arithmetic), "valid")
-    else:
-        note(f"{run.root}: has no valid/, so there is no held-out test to score")
-    return EXIT_DONE
-
-
-def evaluate_command(config: Config, stop: StopSignals) -> int:
-    """Score saved models on a split."""
-    run = start_run(config, stop)
-    members = load_members(config, run.arithmetic)
-    require_place(path_of(config, ".report.json"))
-    score_split(run, members, config.split)
-    return EXIT_DONE
-
-
-def predict_command(config: Config, stop: StopSignals) -> int:
-    """Classify and explain what --predict names."""
-    inputs = list(collect_inputs(config.predict))
-    predictor = Predictor(config, stop)
-    single, figures = len(inputs) == 1, config.figure
-    if single and (figures is None or figures.is_dir()):
-        figures = (figures or Path()) / f"{figure_stem(inputs[0][0])}{HEATMAP_ENDING}"
-    if figures and not single and (figures.suffix or figures.is_file()) and not figures.is_dir():
-        raise UserError(f"--figure {figures}: is to be a folder for several inputs")
-    require_targets({"output": config.output, "save-cam": config.save_cam, "figure": figures if single else None}, inputs)
-    show = can_show(config)
-    note(RESEARCH_ONLY)
-    rows: list[dict[str, Any]] = []
-    explained: dict[str, Finding] = {}
+    Raises:
+        UserError: an optional package is missing, or the outputs differ by more than 1e-4.
+    """
+    target = config.export or Path()
+    require_targets(config, {"export": target}, [])
+    (model,) = load_ensemble(config, CPU).models
+    side = model.image_size
+    threshold = config.threshold if isinstance(config.threshold, float) else model.threshold
+    about = {
+        "input": f"grey, float32 (batch, 1, {side}, {side}), 0 black to 1 white, resize: "
+                 f"{model.resize}",
+        "output": "probability of abnormal (batch,)",
+        "normalization": f"inside the network: {model.normalization}", "tta": str(model.tta),
+        "temperature": str(model.temperature), "study_temperature": str(model.study_temperature),
+        "threshold": str(threshold), "architecture": model.network.name,
+        "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
+    }
+    probe = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(1))
+    module = ExportedModel(model).eval()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(module, (probe[:2],), dynamic_shapes=({0: batch},))
+    convert, run = (to_onnx, run_onnx) if target.suffix == ".onnx" else (to_pt2, run_pt2)
     try:
-        with progress_bar(total=len(inputs), desc="predict", unit="input") as bar:
-            for result in predictor.results(inputs):
-                rows.append(result.row())
-                print_result(result)
-                for seen in result.readable if config.save_cam else ():
-                    name = str(seen.path).encode(errors="backslashreplace").decode()  # a file's name may be any bytes
-                    shape_only = np.broadcast_to(np.uint8(0), seen.pixels.shape)  # thousands of images do not fit in memory
-                    explained[name] = replace(seen, pixels=shape_only, squares={})
-                if figures and result.readable:
-                    file = figures if single else figures / f"{len(rows):04d}_{figure_stem(result.path)}{HEATMAP_ENDING}"
-                    explain_result(result, file, config, show=show and len(rows) <= WINDOWS)
-                bar.update()
-    finally:  # what was predicted before a stop is kept
-        write_results(config, rows, explained)
-    if show:
-        show_windows()
-    failed = any(row["error"] for row in rows)
-    return EXIT_DONE if not failed else EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
+        content = convert(program, about)
+    except ImportError as error:
+        raise UserError(f"--export {target}: needs optional packages: pip install onnx onnxscript "
+                        "onnxruntime") from error
+    gap = float(np.abs(run(content, probe) - module(probe).numpy(force=True)).max())
+    if not gap <= EXPORT_TOLERANCE:
+        raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's output; "
+                        "try the other format", EXIT_FAILED)
+    atomic_write(target, content)
+    log(f"written: {target}; largest difference from torch {gap:.1g}")
+    return EXIT_DONE
 
 
-def demo_command(config: Config, stop: StopSignals) -> int:
-    """Train, score and predict on generated phantoms; the figure of one abnormal image shows where its lesion is."""
+# ---- commands on data sets ----
+
+
+def start(config: Config) -> tuple[DevicePrecision, Distributed]:
+    """Choose the device, and join the other processes of a torchrun job."""
+    distributed = Distributed()
+    processes = distributed.world_size
+    if config.mode == "T" and processes > 1 and config.batch_size < 2 * processes:
+        raise UserError(f"--batch-size {config.batch_size}: is of all processes together; "
+                        f"{processes} need {2 * processes} or more")
+    if processes > 1 and ":" in config.device:
+        raise UserError(f"--device {config.device}: processes cannot share a card; use --device "
+                        "cuda")
+    device = choose_device(config.device, distributed.local_rank)
+    hardware = choose_precision(device, config.precision)
+    distributed.start(device)
+    log(f"device: {hardware}, {processes} process{'es' * (processes > 1)}")
+    return hardware, distributed
+
+
+def scan_data(config: Config, split: str) -> tuple[Scan, Path]:
+    """Return the images of a split or of --labels, and the folder of their cache."""
+    if config.labels:
+        root = config.data_dir or config.labels.parent
+        scan = scan_labels(config.labels, root, config.tasks)
+    else:
+        root = find_data_root(config.data_dir or Path())
+        scan = scan_split(root, split, config.tasks)
+    for line in count_table(scan.split, scan.records):
+        log(line)
+    return scan, cache_folder(config, root)
+
+
+def shared_decode(
+    scan: Scan, shape: Shape, folder: Path, config: Config, distributed: Distributed
+) -> list[CacheFile]:
+    """Return the cache files of a scan; one process of each machine decodes, the others wait."""
+    key, builds = f"{scan.split}-{shape}", distributed.local_rank == 0
+    if not builds:
+        distributed.wait_for_decoding(key)
+    caches = decode_scan(scan, *shape, folder, config.workers)
+    if builds:
+        distributed.wait_for_decoding(key)
+    return caches
+
+
+def evaluate_command(config: Config) -> int:
+    """Evaluate saved models on a split."""
+    require_own_report(config, config.labels.name if config.labels else config.split)
+    hardware, distributed = start(config)
+    ensemble = load_ensemble(config, hardware)
+    scan, cache = scan_data(config, config.split)
+    training = None
+    if scan.split == "valid" and (scan.folder.parent / "train").is_dir():
+        train = scan_split(scan.folder.parent, "train", config.tasks)
+        caches = open_caches(train, *ensemble.models[0].shape, cache)
+        if all(row.checksum for found in caches for row in found.rows):  # else it would take long
+            training = MuraDataset(caches)
+    evaluate_ensemble(config, ensemble, scan, cache, distributed, training)
+    return EXIT_DONE
+
+
+def train_command(config: Config, signals: StopSignals) -> int:
+    """Train, keep the best model by --select, then evaluate it once on valid/."""
+    state_file, files = config.file(".last.pth"), [config.file(e) for e in RUN_FILES]
+    lock = RunLock(config.file(".lock")) if is_main_process() else contextlib.nullcontext()
+    with lock:
+        content: Content = {}
+        if config.resume == "required" or (config.resume and state_file.exists()):
+            content = read_state(state_file)
+            config = resumed_config(config, content)
+        elif not config.overwrite and is_main_process():
+            require_new(files, "--resume continues that run, --overwrite replaces it")
+        require_writable(config.checkpoint[0])
+        hardware, distributed = start(config)
+        distributed.require_shared(config.checkpoint[0].parent)
+        if not content and distributed.rank == 0:
+            state_file.unlink(missing_ok=True)  # it belongs to the model that is replaced
+        train_and_test(config, content, hardware, distributed, signals)
+    return EXIT_DONE
+
+
+def read_state(path: Path) -> Content:
+    """Return the content of STEM.last.pth.
+
+    Raises:
+        UserError: it is not there, or not usable.
+    """
+    if not path.exists():
+        raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
+                        "case")
+    content = read_checkpoint(path, "state")
+    if not set(LEARNT) <= set(content["settings"]):
+        raise UserError(f"--resume {path}: written by version {content['version']}; start a new "
+                        "run")
+    return content
+
+
+def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]:
+    """Return a network with the weights of --weights, and the model of this program they are from.
+
+    Raises:
+        UserError: the weights are not available, or do not fit.
+    """
+    torch.manual_seed(config.seed)
+    source = "none" if resumed else config.weights
+    if source == "none":
+        return Network(config.model), {}
+    if source == "imagenet":
+        content = imagenet_weights(config.model)
+    else:
+        content = read_weights(Path(source), "--weights wants imagenet, none, or a file of weights")
+    if content.get("format") != PROGRAM:
+        network = Network(config.model)
+        load_backbone(network, content, source)
+        return network, {}
+    name = content.get("model")
+    if name not in ARCHITECTURES:
+        raise UserError(f"--weights {source}: is not a model (STEM.pth) of this program")
+    if "model" in config.given and config.model != name:
+        raise UserError(f"--weights {source}: is a {name}, not a {config.model}; leave --model out")
+    network = Network(name)
+    network.load_state_dict(content["state_dict"])
+    require_finite(content["state_dict"], f"--weights {source}")
+    return network, content
+
+
+def warn_about_initial_model(config: Config, earlier: Content, val: Sequence[ImageRecord]) -> None:
+    """Warn where the model of --weights has seen patients of val, or had other preprocessing."""
+    seen = set(known_patients(earlier)) & {record.patient for record in val}
+    if seen:
+        warn(f"--weights {config.weights}: has seen {len(seen)} patients of val: validation, "
+             "temperature and the choice of the epoch are optimistic (leakage)")
+    for name in ("resize", "normalization") if earlier else ():
+        then, now = earlier["settings"][name], getattr(config, name)
+        if then != now:
+            warn(f"--weights {config.weights}: was trained with {flag_of(name)} {then}, this run "
+                 f"has {now}")
+
+
+def known_patients(earlier: Content) -> list[str]:
+    """Return the patients that a model has seen, for training or validation."""
+    return [name for names in earlier.get("patients", {}).values() for name in names]
+
+
+def train_and_test(
+    config: Config, content: Content, hardware: DevicePrecision, distributed: Distributed,
+    signals: StopSignals,
+) -> None:
+    """Train from the start, or from the `content` of a saved state, then test on valid/."""
+    scan, cache = scan_data(config, "train")
+    for text in scan.notes:
+        warn(text)
+    sides = split_by_patient(scan.records, config.val_split, config.seed)
+    class_weights(sides[0])  # both classes must be there: checked before the long work
+    test = None
+    if not config.labels and (scan.folder.parent / "valid").is_dir():
+        test, _ = scan_data(config, "valid")
+    network, earlier = initial_network(config, resumed=bool(content))
+    size = choose_image_size(scan.records, config.image_size)
+    tta = config.hflip > 0 if config.tta is None else config.tta
+    config = replace(config, image_size=size, model=network.name, tta=tta)
+    caches = shared_decode(scan, (size, config.resize), cache, config, distributed)
+    bad_images = report_bad_images(scan, caches, config.on_bad_image)
+    train, val = (MuraDataset(caches, records) for records in sides)
+    patients = {}
+    for name, dataset in (("train", train), ("val", val)):
+        patients[name] = sorted({record.patient for record in dataset.records})
+        if not patients[name]:
+            raise UserError(f"none of the images of {name} can be read", EXIT_FAILED)
+        log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
+    warn_about_initial_model(config, earlier, sides[1])
+    split = [{"patient": patient, "split": name} for name in patients for patient in patients[name]]
+    seen = sorted({*patients["train"], *known_patients(earlier)})
+    facts = {"bad_images": len(bad_images), "patients": patients | {"train": seen},
+             "body_parts": sorted({record.body_part for record in train.records})}
+    trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
+    if content:
+        trainer.resume(content)
+    if distributed.rank == 0:
+        atomic_write(config.file(".split.csv"), csv_text(split, ("patient", "split")))
+    trainer.fit()
+    if test:
+        ensemble = load_ensemble(config, hardware)
+        evaluate_ensemble(config, ensemble, test, cache, distributed, MuraDataset(caches))
+    else:
+        warn("there is no valid/, so there is no test; --evaluate --labels tests on other images")
+    model, state = config.checkpoint[0], trainer.state
+    log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val {config.select})")
+    log(f"next: python {PROGRAM}.py --predict IMAGE --checkpoint {shlex.quote(str(model))}")
+
+
+
+
+# ===== 11 phantoms ==========================================================================
+
+Rng = np.random.Generator
+Field = npt.NDArray[Any]  # (H, W), a value for each pixel
+PHANTOM_LIST = "phantoms.csv"  # its presence tells a folder of phantoms from one of radiographs
+PHANTOM_BONES = {
+    # Rows of bones from top to bottom: count, half width, lower end; unit: half the image height.
+    # The first row are the shafts: they come in over the upper edge and have the lesions.
+    "XR_FOREARM": ((2, 0.105, 0.60), (3, 0.12, 0.92)),
+    "XR_HUMERUS": ((1, 0.165, 0.62), (2, 0.13, 3.0)),
+    "XR_WRIST": ((2, 0.13, 0.28), (3, 0.12, 0.60), (3, 0.08, 3.0)),
+}
+
+
+class Bone(NamedTuple):
+    """A hollow bone that runs down the image; unit: half the image height."""
+
+    center: float  # across, from the middle of the limb
+    half_width: float
+    top: float
+    bottom: float
+
+
+class Change(NamedTuple):
+    """What a lesion does to a bone, a value for each pixel."""
+
+    shift: Field | float = 0  # displacement sideways, in half widths of the bone
+    loss: Field | float = 0  # fraction of the bone that is gone
+    metal: Field | float = 0  # attenuation that is added
+
+
+def _fracture(rng: Rng, along: Field, across: Field) -> Change:
+    """Return a jagged oblique break, below which the bone is displaced and tilted back."""
+    jags = 0.12 * np.sin(6 * across + rng.uniform(0, 6))
+    below = along - rng.uniform(-0.7, 0.7) * across - jags
+    displaced = (below > 0) * rng.choice((-0.75, 0.75))
+    tilt = (1 - along / 4).clip(0, 1)
+    return Change(shift=displaced * tilt, loss=0.9 * np.exp(-16 * below**2))
+
+
+def _lytic(rng: Rng, along: Field, across: Field) -> Change:
+    """Return a hole with a wavy rim, in marrow and cortex."""
+    along = along / rng.uniform(1.1, 1.7)
+    across = across - rng.uniform(-0.3, 0.3)
+    angle = np.arctan2(across, along)
+    rim = rng.uniform(0.75, 0.95) + 0.08 * np.sin(rng.integers(2, 5) * angle)
+    depth = 4 * (rim - np.hypot(along, across))
+    return Change(loss=0.85 * depth.clip(0, 1))
+
+
+def _hardware(rng: Rng, along: Field, across: Field) -> Change:
+    """Return a plate on one side of the bone, with screws through both cortices."""
+    across = across * rng.choice((-1, 1))
+    pitch = 0.85  # distance between screws
+    half_length = rng.integers(4, 7) * pitch / 2
+    plate = np.abs(across - 1.15) < 0.2
+    to_screw = (along + half_length) % pitch - pitch / 2
+    screws = (np.abs(to_screw) < 0.11) & (np.abs(across) < 1.1)
+    return Change(metal=5 * (plate | screws) * (np.abs(along) < half_length))
+
+
+LESIONS = {
+    # Each gets the distances along and across the bone from the middle of the lesion, in half
+    # widths of the bone.
+    "fracture": _fracture,
+    "lytic": _lytic,
+    "hardware": _hardware,
+}
+
+
+def _place_bones(rng: Rng, body_part: str) -> list[Bone]:
+    """Return the bones of a body part, a little different each time."""
+    bones, top = [], -2.0
+    for count, half_width, bottom in PHANTOM_BONES[body_part]:
+        for number in range(count):
+            center = 0.8 * ((number + 0.5) / count - 0.5)
+            bones.append(Bone(center, half_width * rng.uniform(0.85, 1.15), top, bottom))
+        top = bottom + 0.08
+    return bones
+
+
+def _draw_bone(bone: Bone, down: Field, across: Field) -> Field:
+    """Return the attenuation of a bone: thick cortex in the shaft, thin at the wider ends."""
+    to_end = np.minimum(down - bone.top, bone.bottom - down).clip(0) / bone.half_width
+    flare = np.exp(-(to_end**2) / 2.5)
+    outer = (1 + 0.45 * flare) * np.sqrt(np.minimum(to_end / 0.6, 1))
+    inner = (outer - 0.38 + 0.26 * flare).clip(0)
+    offset = (across - bone.center) / bone.half_width
+    solid = np.sqrt((outer**2 - offset**2).clip(0))  # path of a ray through a cylinder
+    marrow = np.sqrt((inner**2 - offset**2).clip(0))
+    attenuation: Field = solid - 0.8 * marrow
+    return attenuation
+
+
+def _draw_lesion(
+    rng: Rng, kind: str, bone: Bone, down: Field, across: Field
+) -> tuple[Field, Field]:
+    """Return the attenuation of a bone with a lesion, and where the lesion is."""
+    width = bone.half_width
+    middle = rng.uniform(-0.45, bone.bottom - 3 * width)
+    offset = (across - bone.center) / width
+    change = LESIONS[kind](rng, (down - middle) / width, offset)
+    displaced = _draw_bone(bone, down, across - width * change.shift)
+    site = (change.loss + change.metal > 0.1) & (np.abs(offset) < 1.5)
+    return displaced * (1 - change.loss) + change.metal, site
+
+
+def _expose(rng: Rng, attenuation: Field) -> Image.Image:
+    """Return the film: exposure, noise that grows with attenuation, blur, lead letter."""
+    height, width = attenuation.shape
+    signal = 1 - np.exp(-rng.uniform(0.75, 1.3) * attenuation)
+    noise = rng.uniform(0.012, 0.03) * rng.standard_normal(signal.shape) * (1 + 1.5 * signal)
+    film = 0.05 + signal + noise
+    image = Image.fromarray((255 * film).clip(0, 255).astype(np.uint8))
+    place = rng.choice((12, 85)) * width // 100, rng.integers(height - 12)
+    font = ImageFont.load_default_imagefont()  # bitmaps: the same on every machine
+    ImageDraw.Draw(image).text(place, "LR "[rng.integers(3)], 235, font)
+    return image.filter(ImageFilter.GaussianBlur(height / 400))
+
+
+def draw_phantom(
+    rng: Rng, size: int = 256, body_part: str = "XR_FOREARM", kind: str = ""
+) -> tuple[Field, Box | None]:
+    """Draw a phantom radiograph; with an equal `rng`, images differ in the lesion alone.
+
+    Args:
+        rng: decides all that the other arguments leave open.
+        size: height in pixels; the width is 0.72 to 0.9 of it.
+        body_part: a key of PHANTOM_BONES.
+        kind: a key of LESIONS, or empty for a normal image.
+
+    Returns:
+        The image (H, W) uint8, and the box of its lesion, if there is one.
+    """
+    limb_rng, lesion_rng = rng.spawn(2)
+    width = int(size * limb_rng.uniform(0.72, 0.9))
+    down = np.linspace(-1, 1, size)[:, None]
+    across = np.linspace(-1, 1, width) * width / size
+    across = across + limb_rng.uniform(-0.05, 0.05) * down**2  # slightly bowed
+    bones = _place_bones(limb_rng, body_part)
+    shadows = [_draw_bone(bone, down, across) for bone in bones]
+    site = np.zeros((size, width), bool)
+    if kind:
+        chosen = lesion_rng.integers(PHANTOM_BONES[body_part][0][0])
+        shadows[chosen], site = _draw_lesion(lesion_rng, kind, bones[chosen], down, across)
+    reach = limb_rng.uniform(0.46, 0.58) - 0.06 * down
+    flesh = 0.42 * np.sqrt((1 - (across / reach) ** 2).clip(0))
+    coarse = Image.fromarray(limb_rng.standard_normal((size // 5, size // 5), np.float32))
+    texture = 1 + 0.08 * np.asarray(coarse.resize((width, size)))
+    film = _expose(limb_rng, flesh + sum(shadows) * texture)
+    angle = limb_rng.uniform(-18, 18)
+    turned_site = Image.fromarray(site).rotate(angle)
+    return np.asarray(film.rotate(angle, Image.Resampling.BILINEAR)), turned_site.getbbox()
+
+
+def _plan_images(folder: str, first_patient: int, count: int) -> dict[str, str]:
+    """Return, for the image paths of so many studies, the kind of lesion (empty: normal)."""
+    images, kinds = {}, list(LESIONS)
+    for number in range(count):
+        patient = first_patient + number - (number + 1) // 5  # every fourth patient has two studies
+        study = 2 if number % 5 == 4 else 1
+        kind = kinds[number // 2 % len(kinds)] if number % 2 else ""
+        label = "positive" if kind else "negative"
+        name = f"{folder}/patient{patient:05}/study{study}_{label}"
+        for view in range(1, 2 + zlib.crc32(name.encode()) % 3):
+            images[f"{name}/image{view}.png"] = kind
+    return images
+
+
+def _write_phantom(folder: Path, size: int, seed: int, path: str, kind: str) -> str:
+    """Draw and save one image, as path, kind and seed decide; return its row of PHANTOM_LIST."""
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    pixels, box = draw_phantom(rng, size, path.split("/")[2], kind)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / path, compress_level=1)
+    return f"{path},{kind},{','.join(map(str, box))}" if box else ""
+
+
+def write_phantoms(
+    folder: Path,
+    train: int,
+    valid: int,
+    parts: Sequence[str] = tuple(PHANTOM_BONES),
+    seed: int = 0,
+    size: int = 256,
+) -> Path:
+    """Write a data set of phantoms in MURA's layout, and where their lesions are.
+
+    Args:
+        folder: gets the folder MURA-v1.1.
+        train: studies of each body part in train/; half of them are abnormal.
+        valid: the same for valid/.
+        parts: body parts, keys of PHANTOM_BONES.
+        seed: decides all images.
+        size: height of the images in pixels.
+
+    Returns:
+        The folder MURA-v1.1, with MURA's four lists and PHANTOM_LIST (see read_lesion_boxes).
+    """
+    root = folder / "MURA-v1.1"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / PHANTOM_LIST).touch()  # first of all: a demo that was stopped may run again
+    lesions = ["path,kind,left,top,right,bottom"]
+    for split, first_patient, count in (("train", 1, train), ("valid", 11185, valid)):  # as in MURA
+        images: dict[str, str] = {}
+        for order, part in enumerate(parts):  # some patients come with two body parts, as in MURA
+            patient = first_patient + order * count // 2
+            images |= _plan_images(f"{root.name}/{split}/{part}", patient, count)
+        with ThreadPoolExecutor() as pool:
+            write = partial(_write_phantom, folder, size, seed)
+            lesions += filter(None, pool.map(write, images, images.values()))
+        labels = [f"{path.rpartition('/')[0]}/,{int(kind != '')}" for path, kind in images.items()]
+        (root / f"{split}_image_paths.csv").write_text("\n".join(images))
+        (root / f"{split}_labeled_studies.csv").write_text("\n".join(dict.fromkeys(labels)))
+    (root / PHANTOM_LIST).write_text("\n".join(lesions))
+    return root
+
+
+def read_lesion_boxes(root: Path) -> dict[Path, Box]:
+    """Return the lesion's box of each abnormal image in valid/ of a data set of phantoms."""
+    boxes = {}
+    with (root / PHANTOM_LIST).open() as file:
+        for path, _, left, top, right, bottom in csv.reader(file):
+            if "/valid/" in path:
+                boxes[root.parent / path] = int(left), int(top), int(right), int(bottom)
+    return boxes
+DEMO_STUDIES = (136, 36)  # of train and valid, of each body part
+DEMO_PARTS = ("XR_FOREARM", "XR_HUMERUS")
+
+
+def pointing_game(
+    results: Sequence[StudyResult], boxes: Mapping[Path, tuple[int, int, int, int]]
+) -> str:
+    """Return how often the heatmap peaks in the lesion's box, and how much of it lies there.
+
+    The pointing game of arXiv 1608.00507, on images that were called abnormal; chance is the box's
+    fraction of the image.
+    """
+    hits, shares, chances = [], [], []
+    for result in results:
+        (heatmap,) = result.heatmaps
+        left, top, right, bottom = boxes[result.path]
+        inside = np.zeros(heatmap.shape, bool)
+        inside[top:bottom, left:right] = True
+        hits.append(inside.flat[heatmap.argmax()])
+        shares.append(heatmap[inside].sum() / max(heatmap.sum(), 1e-12))
+        chances.append(inside.mean())
+    return (f"heatmap: peak in the lesion's box in {np.mean(hits):.0%} of {len(hits)} abnormal "
+            f"images that were called so, {np.mean(shares):.0%} of the heat in it (by chance "
+            f"{np.mean(chances):.0%})")
+
+
+def demo_command(config: Config, signals: StopSignals) -> int:
+    """Train, test and predict on generated phantoms; the figure shows where a lesion was drawn."""
     folder = config.demo or Path()
     began = time.perf_counter()
     there = folder / "MURA-v1.1"
     if there.exists() and not (there / PHANTOM_LIST).exists():
-        raise UserError(f"--demo {folder}: {there} is there and no phantoms are in it; give another folder")
+        raise UserError(f"--demo {folder}: {there} holds no phantoms; give another folder")
     figure = config.figure or folder / "demo_heatmap.png"
-    require_place(figure)
-    say(f"demo: drawing phantom radiographs in {folder}")
-    root = write_phantoms(folder, DEMO_STUDIES[0], DEMO_STUDIES[1], DEMO_PARTS, config.seed)
-    trained = replace(config, data_dir=root, demo=None)
-    train_command(trained, stop)
-    boxes = lesion_boxes(root)
-    results = list(Predictor(trained, stop).results([(path, (path,)) for path in boxes]))
-    found = [result for result in results if result.label]
-    if found:
-        say(pointing_game(found, boxes))
-    show, shown = can_show(trained), (found or results)[0]
-    print_result(shown)
-    explain_result(shown, figure, trained, show=show, box=boxes[shown.path])
-    say(f"demo: done in {time.perf_counter() - began:.0f} s; the box in the figure is the lesion that was drawn")
+    require_targets(config, {"figure": figure}, [])
+    if not config.overwrite:
+        require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
+    log(f"demo: drawing phantom radiographs in {folder}")
+    root = write_phantoms(folder, *DEMO_STUDIES, DEMO_PARTS, config.seed)
+    config = replace(config, data_dir=root)
+    train_command(config, signals)
+    hardware = choose_precision(choose_device(config.device), config.precision)
+    ensemble = load_ensemble(config, hardware)
+    threshold, _ = stored_threshold(ensemble.models)
+    boxes = read_lesion_boxes(root)
+    inputs = [PredictInput(path, (path,)) for path in boxes]
+    results = list(Predictor(ensemble, threshold, config).studies(inputs))
+    called = [result for result in results if result.label == "abnormal"]
+    if called:
+        log(pointing_game(called, boxes))
+    shown = (called or results)[0]
+    print_result(shown, config.prevalence)
+    show = can_show(config.no_show)
+    explain_result(shown, figure, show=show, lesion=boxes[shown.path])
+    log(f"demo: done in {time.perf_counter() - began:.0f} s; look at {figure} (the box is the "
+        f"lesion that was drawn), {config.file('.report.png')} and {config.file('.history.png')}")
     if show:
         show_windows()
     return EXIT_DONE
 
 
-def export_command(config: Config, stop: StopSignals) -> int:
-    """Write the network of --checkpoint to ONNX or to torch's own .pt2, and compare the file's output with torch's.
+# ===== 12 Python API and main =====================================================================
+
+
+def load(
+    *checkpoints: str | Path, device: str = "auto", threshold: float | None = None
+) -> Predictor:
+    """Return trained models, ready to predict; several are an ensemble.
+
+    >>> model = load("mura.pth")  # doctest: +SKIP
+    >>> result = model.predict("study1_positive")  # doctest: +SKIP
+    >>> result.label, result.probability  # doctest: +SKIP
+    ('abnormal', 0.93)
+
+    Args:
+        checkpoints: files that training wrote.
+        device: as --device.
+        threshold: abnormal above this probability (default: the models').
 
     Raises:
-        UserError: an optional package is missing, or the exported network differs by more than 1e-4.
+        UserError: a file cannot be loaded.
     """
-    target = config.export or Path()
-    members = load_members(config, Arithmetic(torch.device("cpu"), bf16=False, channels_last=False))
-    require_place(target)
-    member, (threshold, _) = members[0], choose_threshold(config, members)
-    model = Deployed(member).eval().requires_grad_(False)
-    about = {
-        "input": f"grey, float32 (batch, 1, {member.image_size}, {member.image_size}), 0 black to 1 white, fit: {member.fit}",
-        "output": "probability of abnormal (batch,)", "normalization": f"inside the network: {member.normalization}",
-        "temperature": str(member.temperature), "threshold": str(threshold), "tta": str(member.tta),
-        "architecture": member.network.model, "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
-    }
-    probe = torch.rand(3, 1, member.image_size, member.image_size, generator=torch.Generator().manual_seed(1))
-    program = torch.export.export(model, (probe[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    make, run = (to_onnx, run_onnx) if target.suffix == ".onnx" else (to_pt2, run_pt2)
-    try:
-        content = make(program, about)
-    except ImportError as error:
-        raise UserError(f"--export {target}: needs optional packages: pip install onnx onnxscript onnxruntime") from error
-    with torch.inference_mode():
-        gap = float(np.abs(run(content, probe) - model(probe).numpy()).max())
-    if not gap <= EXPORT_TOLERANCE:
-        raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's; try the other format", EXIT_FAILED)
-    with atomic_write(target) as file:
-        file.write(content)
-    say(f"written: {target}; largest difference from torch {gap:.1g}")
-    return EXIT_DONE
+    config = Config(checkpoint=tuple(Path(path) for path in checkpoints), device=device)
+    ensemble = load_ensemble(config, choose_precision(choose_device(device), config.precision))
+    stored, _ = stored_threshold(ensemble.models)
+    return Predictor(ensemble, stored if threshold is None else threshold, config)
+
+
+def run_command(config: Config, signals: StopSignals) -> int:
+    """Run the mode that the options ask for; returns the exit code."""
+    if is_distributed() and config.mode not in "TE":
+        raise UserError("torchrun is for training and --evaluate: leave it out")
+    choose_backend()
+    if config.mode == "D":
+        return demo_command(config, signals)
+    if config.mode == "T":
+        return train_command(config, signals)
+    commands = {"E": evaluate_command, "P": predict_command, "X": export_command}
+    return commands[config.mode](config)
 
 
 def main(config: Config) -> int:
-    """Run the command that the options ask for, and turn every outcome into an exit code."""
-    stop = StopSignals()
-    commands = {"demo": demo_command, "evaluate": evaluate_command, "predict": predict_command, "export": export_command}
-    command = next((run for name, run in commands.items() if getattr(config, name)), train_command)
-    try:
-        if Processes.from_environment().world > 1 and command not in (train_command, evaluate_command):
-            raise UserError("torchrun is for training and --evaluate: leave it out")
-        require_matplotlib()
-        code = command(config, stop)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return code
-    except Stopped as stopped:
-        note(str(stopped))
-        return leave(stopped.exit_code)
-    except UserError as error:
-        if config.debug:
-            traceback.print_exc()
-        note(str(error), failed=True)
-        return leave(error.exit_code)
-    except Exception as error:
-        if config.debug:
-            traceback.print_exc()
-        reason = next(iter(str(error).strip().splitlines()), "no message")
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = "use a smaller --batch-size, of which scoring takes four times as many images at once"
-        note(f"{type(error).__name__}: {reason}{'' if config.debug else ' (--debug shows where)'}", failed=True)
-        return leave(EXIT_FAILED)
+    """Run the program; every outcome becomes an exit code, every failure one line."""
+    with StopSignals() as signals:
+        try:
+            code = run_command(config, signals)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return code
+        except Stopped as stopped:
+            warn(f"{stopped}{how_to_go_on(config)}")
+            return leave(stopped.exit_code)
+        except Exception as error:
+            if config.debug:
+                traceback.print_exc()
+            warn(describe_error(error, config), failed=True)
+            return leave(error.exit_code if isinstance(error, UserError) else EXIT_FAILED)
+
+
+def how_to_go_on(config: Config) -> str:
+    """Return where the state of a stopped run is, and the command that goes on."""
+    state = config.file(".last.pth")
+    if config.mode != "T" or not state.exists():
+        return ""
+    words = ["python", f"{PROGRAM}.py", "--checkpoint", str(config.checkpoint[0]), "--resume"]
+    for name in ("data_dir", "labels", "cache_dir", "device", "epochs"):
+        if name in config.given:
+            words += [flag_of(name), str(getattr(config, name))]
+    return f"; the state is in {state}; to go on: {shlex.join(words)}"
+
+
+def describe_error(error: Exception, config: Config) -> str:
+    """Return the line for an error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = f"--grad-accum-steps {2 * config.grad_accum_steps}" if config.mode in "TD" else ""
+        return f"out of memory: use {advice or f'--batch-size {max(1, config.batch_size // 2)}'}"
+    reason = next(iter(str(error).strip().splitlines()), "no message")
+    hint = "" if config.debug else " (--debug shows where)"
+    return f"{type(error).__name__}: {reason}{hint}"
 
 
 def leave(code: int) -> int:
-    """Give back the exit code of a run that ended early; one of several processes leaves here and now.
+    """Return the exit code of a run that ended early; one of several processes ends here and now.
 
-    NCCL takes leave together: a process that failed would wait for others who wait for it, and torchrun would not hear of it.
+    NCCL takes leave together: a process that failed would wait for others who wait for it.
     """
     if dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return code
 
 
+def run_as_script(config: Config) -> int:
+    """Run `main` with streams whose failure does not end the work, but shows in the exit code."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by `>&-`
+            stream = Path(os.devnull).open("w")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks
+        setattr(sys, name, SafeStream(stream))
+    code = main(config)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    lost = any(getattr(stream, "lost", "") for stream in (sys.stdout, sys.stderr))
+    return code or (EXIT_FAILED if lost else EXIT_DONE)
+
+
 if __name__ == "__main__":
-    for closed in [name for name in ("stdout", "stderr") if getattr(sys, name) is None]:  # as by `>&-`: the run goes on unheard
-        setattr(sys, closed, Path(os.devnull).open("w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-    sys.exit(main(OPTIONS))
+    sys.exit(run_as_script(CONFIG))
