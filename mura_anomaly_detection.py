@@ -163,10 +163,12 @@ GROUPS = {  # first flag of each group in --help
 SHORT_HELP = (
     "data_dir checkpoint resume overwrite tasks model epochs batch_size lr evaluate predict output "
     "figure demo device").split()
-LEARNT = (  # they decide what is learnt: --resume takes them from the saved state
-    "tasks val_split image_size resize normalization model batch_size lr lr_schedule warmup "
+LEARNT = (  # they decide what is learnt: --resume takes them from the saved state ...
+    "recipe tasks val_split image_size resize normalization model batch_size lr lr_schedule warmup "
     "weight_decay hflip rotation brightness contrast mixup precise_bn select precision seed "
     "threshold tta").split()
+KEPT = (  # ... and these where they are not given
+    "epochs grad_accum_steps patience on_bad_image drop_duplicates weights").split()
 
 
 @dataclass(frozen=True)
@@ -513,8 +515,8 @@ class SafeStream:
     After the first failure all further output goes nowhere, and `lost` says why.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.lost = stream, ""
+    def __init__(self, stream: Any, lost: str = "") -> None:
+        self.stream, self.lost = stream, lost
 
     def write(self, text: str) -> int:
         """Write text; its length is returned even where it was lost."""
@@ -582,11 +584,11 @@ def warn(text: str, *, failed: bool = False) -> None:
 class Progress:
     """A progress bar on a terminal and in a notebook; elsewhere a line a minute on stderr."""
 
-    def __init__(self, total: int, title: str, unit: str = "image", done: int = 0) -> None:
+    def __init__(self, total: int, title: str, units: str = "images", done: int = 0) -> None:
         interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
-        self.total, self.title, self.unit, self.done = total, title, unit, done
+        self.total, self.title, self.units, self.done = total, title, units, done
         self.line_due = time.monotonic() + 60
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, file=sys.stderr,
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr,
                         leave=False, dynamic_ncols=True,
                         disable=not (interactive and is_main_process()))
 
@@ -603,7 +605,7 @@ class Progress:
         self.bar.update(count)
         if self.bar.disable and time.monotonic() > self.line_due:
             self.line_due = time.monotonic() + 60
-            share = f"{self.done}/{self.total} {self.unit}s"
+            share = f"{self.done}/{self.total} {self.units}"
             warn(f"{self.title}: {share}{', ' * bool(note)}{note}")
 
 
@@ -657,6 +659,7 @@ class StopSignals:
             yield
         finally:
             self.deferring = False
+        self.check()
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
@@ -2359,7 +2362,8 @@ def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> 
     dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
     given = {dotted.sub(r"\1\2", str(key)): value for key, value in content.items()}
     prefix = find_prefix(given, network.architecture)
-    if prefix is None and any(re.match(r"\D*\d+\.", key) for key in given):
+    numbered = re.compile(r"(\D+\.)?0\.(\w+\.)?weight")
+    if prefix is None and any(numbered.fullmatch(key) for key in given):
         raise UserError(f"--weights {source}: its layers are numbered, as in an nn.Sequential, so "
                         f"it is not known which is which; save a {network.name}'s own state_dict")
     wanted, found = network.backbone.state_dict(), {}
@@ -2380,10 +2384,15 @@ def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> 
 
 def find_prefix(given: Mapping[str, Any], architecture: Architecture) -> str | None:
     """Return what stands before the names of the backbone's tensors; None: they are absent."""
-    first = f"{architecture.stages[0].layers.split()[0]}.weight"
     trunk = f"{architecture.trunk}." if architecture.trunk else ""
-    fitting = [key for key in given if f".{key}".endswith(f".{trunk}{first}")]
-    return min(fitting, key=len).removesuffix(first) if fitting else None
+    firsts = [f"{trunk}{stage.layers.split()[0]}." for stage in architecture.stages]
+    for key in sorted(given, key=len):
+        before, found, _ = f".{key}".partition(f".{firsts[0]}")
+        prefix = f"{before}."[1:]
+        names = [prefix + first for first in firsts]
+        if found and all(any(k.startswith(name) for k in given) for name in names):
+            return prefix + trunk
+    return None
 
 
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
@@ -3473,7 +3482,7 @@ class Trainer:
         todo = range(state.batch, len(batches))
         images = self.train_loader([batches[number][rank::world_size] for number in todo])
         title = f"epoch {state.epoch + 1}/{config.epochs}"
-        with Progress(len(batches), title, "batch", state.batch) as bar:
+        with Progress(len(batches), title, "batches", state.batch) as bar:
             clock = time.perf_counter()
             for number, pixels in zip(todo, images, strict=True):
                 stopping = self.train_step(number, batches[number], pixels)
@@ -3587,6 +3596,7 @@ class Trainer:
                 self.pause(self.distributed.world_size == 1 and bool(self.signals.signum))
 
             self.recompute_statistics(count, update)
+            self.distributed.broadcast_buffers(self.network)
             self.network.eval()
             ensemble = Ensemble([self.as_model()], self.hardware)
             (logits,) = ensemble.predict_dataset(
@@ -3620,7 +3630,6 @@ class Trainer:
         self.network.train()
         with self.hardware.autocast():
             torch.optim.swa_utils.update_bn(inputs(), self.network)
-        self.distributed.broadcast_buffers(self.network)
 
     def as_model(self, **calibration: Any) -> LoadedModel:
         """Return the network as it is now, as prediction takes it."""
@@ -3705,7 +3714,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.distributed.rank == 0:
             write_checkpoint(self.config.file(".last.pth"), {
-                "kind": "state", "settings": self.settings(), "epochs": self.config.epochs,
+                "kind": "state", "settings": self.settings(), "facts": dict(self.facts),
+                "kept": {name: getattr(self.config, name) for name in KEPT},
                 "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
                 "state": asdict(self.state),
@@ -3734,8 +3744,9 @@ class Trainer:
                             "it")
         state = self.state
         log(f"resumed from {path}: {state.epoch} epochs and {state.batch} batches are done")
-        if isinstance(self.schedule, LambdaLR) and self.config.epochs != content["epochs"]:
-            self.stretch_schedule(self.schedule, content["epochs"])
+        before = content["kept"]["epochs"]
+        if isinstance(self.schedule, LambdaLR) and self.config.epochs != before:
+            self.stretch_schedule(self.schedule, before)
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
@@ -3793,13 +3804,14 @@ def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
     """
     saved = {name: content["settings"][name] for name in LEARNT}
     saved["tasks"] = tuple(saved["tasks"])
+    kept = {name: content["kept"][name] for name in KEPT if name not in config.given}
     for name in LEARNT:
         now = getattr(config, name)
         if name in config.given and now != saved[name]:
             shown = " ".join(saved[name]) or "all" if name == "tasks" else saved[name]
             raise UserError(f"--resume: {flag_of(name)} was {shown}: leave it out, or start a new "
                             "run with another --checkpoint")
-    return replace(config, **saved)
+    return replace(config, **saved, **kept)
 
 
 # ===== 9 plots ====================================================================================
@@ -3836,10 +3848,13 @@ def new_figure(**style: Any) -> Any:
 
 def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     """Return a figure as the content of a file of that suffix."""
-    file = io.BytesIO()
+    file, kind = io.BytesIO(), suffix.lower()[1:]
+    mark: dict[str, Any] = {"metadata": {"Software" if kind == "png" else "Creator": PROGRAM}}
+    if kind == "jpg":
+        mark = {"pil_kwargs": {"comment": PROGRAM.encode()}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
-        figure.savefig(file, format=suffix.lower()[1:], dpi=dpi)
+        figure.savefig(file, format=kind, dpi=dpi, **mark)
     return file.getvalue()
 
 
@@ -4140,22 +4155,30 @@ def tile_caption(images: Predictions, row: int) -> str:
     return f"{printable(tail)}\nlabel {label}, abnormal {percent(images.probability[row])}"
 
 
+GALLERY = {  # name and heading of each group's sheets, of which there are at most two
+    "false_positives": "Most confident false positives",
+    "false_negatives": "Most confident false negatives",
+    "least_certain": "Least certain", "right": "Right, for comparison",
+}
+
+
 def gallery_pages(images: Predictions, threshold: float) -> Iterator[tuple[str, str, Any]]:
     """Yield the sheets of the gallery: file name, heading, and rows of `images`, worst first."""
     confident = np.argsort(-abs(images.probability - threshold), kind="stable")
     predicted = (images.probability > threshold)[confident]
     wrong = predicted != images.label[confident]
     right = confident[~wrong]
-    groups = (
-        ("false_positives", "Most confident false positives", confident[wrong & predicted]),
-        ("false_negatives", "Most confident false negatives", confident[wrong & ~predicted]),
-        ("least_certain", "Least certain", confident[::-1][:SHEET_TILES]),
-        ("right", "Right, for comparison", right[:: math.ceil(len(right) / SHEET_TILES) or 1]),
-    )
-    for name, heading, rows in groups:
+    groups = {
+        "false_positives": confident[wrong & predicted],
+        "false_negatives": confident[wrong & ~predicted],
+        "least_certain": confident[::-1][:SHEET_TILES],
+        "right": right[:: math.ceil(len(right) / SHEET_TILES) or 1],
+    }
+    for name, rows in groups.items():
         for start in range(0, min(len(rows), 2 * SHEET_TILES), SHEET_TILES):
             page = start // SHEET_TILES + 1
-            yield f"{name}_{page}.png", f"{heading} ({page})", rows[start : start + SHEET_TILES]
+            chosen = rows[start : start + SHEET_TILES]
+            yield f"{name}_{page}.png", f"{GALLERY[name]} ({page})", chosen
 
 
 # ----- windows
@@ -4242,7 +4265,8 @@ def body_part_warning(models: Sequence[LoadedModel], body_part: str) -> str:
     """Return a warning where no model was trained on a body part, else ""."""
     parts = {part.upper().removeprefix("XR_") for model in models for part in model.body_parts}
     known = sorted(parts)
-    if not body_part or "ALL" in known or body_part.upper().removeprefix("XR_") in known:
+    name = body_part.upper().removeprefix("XR_")
+    if name in ("", "ALL", *known) or "ALL" in known:
         return ""
     return (f"shows a body part ({body_part}) that the model was not trained on (it was on "
             f"{', '.join(known)}); the result is unreliable")
@@ -4333,7 +4357,7 @@ class Evaluation:
                 texts.append(f"{self.scan.split} {text}")
         for text in [*texts, *self.scan.notes]:
             warn(text)
-        self.notes += texts
+        self.notes += [*texts, *self.scan.notes]
 
     def write(self, bad_images: Mapping[str, str]) -> None:
         """Print the report, and write the table of images, the report and its picture."""
@@ -4379,7 +4403,7 @@ class Evaluation:
 
 def evaluate_ensemble(
     config: Config, ensemble: Ensemble, scan: Scan, cache: Path, distributed: Distributed,
-    training: MuraDataset | None = None,
+    signals: StopSignals, training: MuraDataset | None = None,
 ) -> None:
     """Evaluate models, alone and together, on a split; print the report and write its files.
 
@@ -4389,6 +4413,7 @@ def evaluate_ensemble(
         scan: the images.
         cache: folder of decoded images.
         distributed: batches are shared by its processes; rank 0 reports.
+        signals: heard between two batches, too.
         training: the images of training, if known, to be told from the evaluated ones.
     """
     data = [MuraDataset(shared_decode(scan, model.shape, cache, config, distributed))
@@ -4397,7 +4422,12 @@ def evaluate_ensemble(
     bad_images = report_bad_images(scan, first.caches, config.on_bad_image)
     loaders = [BatchLoader(images, ensemble.hardware.device) for images in data]
     with Progress(len(first), f"evaluate {scan.split}") as bar:
-        logits = ensemble.predict_dataset(loaders, config.eval_batch_size, distributed, bar.update)
+        def update(count: int) -> None:
+            """Count images; Python drops what a signal raises inside of a destructor."""
+            bar.update(count)
+            signals.check()
+
+        logits = ensemble.predict_dataset(loaders, config.eval_batch_size, distributed, update)
     if distributed.rank == 0:
         for i in np.flatnonzero(~np.isfinite(logits).all(axis=0)):
             raise UserError(f"{first.records[i].path}: the model's output is not finite; use "
@@ -4434,16 +4464,21 @@ def require_own_report(config: Config, split: str) -> None:
     Raises:
         UserError: the report is there, and --overwrite is not given.
     """
-    path = config.file(".report.json")
-    require_writable(path)
-    if config.overwrite or not path.exists():
+    table = ".train.csv" if split == "train" else ".test.csv"
+    files = [config.file(ending) for ending in (".report.json", ".report.png", table)]
+    require_writable(files[0])
+    there = [path for path in files if os.path.lexists(path)]
+    if config.figure:
+        sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
+        require_targets(config, {"figure": sheets}, [])
+    if config.overwrite or not there:
         return
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads(files[0].read_text())
         if (earlier["split"], earlier["checkpoints"]) == (split, list(map(str, config.checkpoint))):
             return
-    raise UserError(f"{path}: is the report of another split or model; use another --output, or "
-                    "--overwrite")
+    raise UserError(f"{there[0]}: is there, and of another split or model; use another --output, "
+                    "or --overwrite")
 
 
 # ---- predict ----
@@ -4775,12 +4810,12 @@ def write_output(path: Path, rows: Sequence[Content]) -> None:
     atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
 
 
-def predict_command(config: Config) -> int:
+def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
     figures = figure_files(config.figure, inputs)
-    targets = {"output": config.output, "save-cam": config.save_cam}
-    require_targets(config, targets | {"figure": next(iter(figures), None)}, inputs)
+    targets = {"output": [config.output], "save-cam": [config.save_cam]}
+    require_targets(config, targets | {"figure": figures}, inputs)
     hardware = choose_precision(choose_device(config.device), config.precision)
     ensemble = load_ensemble(config, hardware)
     given = config.threshold
@@ -4790,7 +4825,7 @@ def predict_command(config: Config) -> int:
     rows: list[Content] = []
     saved_at = time.monotonic()
     try:
-        bar = Progress(len(inputs), "predict", "input")
+        bar = Progress(len(inputs), "predict", "inputs")
         with bar, open_maps(config.save_cam) as archive:
             results = Predictor(ensemble, threshold, config).studies(inputs)
             for result, figure in itertools.zip_longest(results, figures):
@@ -4800,6 +4835,7 @@ def predict_command(config: Config) -> int:
                 if figure and result.label:
                     explain_result(result, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
+                signals.check()
                 if config.output and time.monotonic() > saved_at + 1:
                     write_output(config.output, rows)
                     saved_at = time.monotonic()
@@ -4839,7 +4875,7 @@ def figure_stem(path: Path) -> str:
 
 
 def require_targets(
-    config: Config, targets: Mapping[str, Path | None], inputs: Sequence[PredictInput]
+    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[PredictInput]
 ) -> None:
     """Check before the work that files can be written and replace nothing foreign.
 
@@ -4848,14 +4884,16 @@ def require_targets(
     """
     read = {os.path.realpath(path) for item in inputs for path in item.files}
     header = ",".join(OUTPUT_COLUMNS[:5]).encode()
-    for flag, path in targets.items():
-        if path and os.path.realpath(path) in read:
-            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-        if path:
+    for flag, paths in targets.items():
+        wanted = [path for path in paths if path]
+        for path in wanted[:1]:
             require_writable(path)
-        if path and path.exists() and not config.overwrite and not is_ours(path, header):
-            raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
-                            "another name, or --overwrite")
+        for path in wanted:
+            if os.path.realpath(path) in read:
+                raise UserError(f"--{flag} {path}: is an input, and would be replaced")
+            if path.exists() and not config.overwrite and not is_ours(path, header):
+                raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
+                                "another name, or --overwrite")
 
 
 def print_result(result: StudyResult, at_prevalence: float | None) -> None:
@@ -4950,9 +4988,10 @@ def to_onnx(program: Any, about: Mapping[str, str]) -> bytes:
         warnings.simplefilter("ignore")
         exported: Any = torch.onnx.export(
             program, input_names=["images"], output_names=["probability"], dynamo=True)
+    model = exported.model_proto  # a new one at each call
     for name, text in about.items():
-        exported.model_proto.metadata_props.add(key=name, value=text)
-    return bytes(exported.model_proto.SerializeToString())
+        model.metadata_props.add(key=name, value=text)
+    return bytes(model.SerializeToString())
 
 
 def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
@@ -4963,14 +5002,14 @@ def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
     return np.asarray(session.run(None, {"images": images.numpy()})[0])
 
 
-def export_command(config: Config) -> int:
+def export_command(config: Config, signals: StopSignals) -> int:
     """Write the model of --checkpoint as ONNX or .pt2, and compare the file's output with torch's.
 
     Raises:
         UserError: an optional package is missing, or the outputs differ by more than 1e-4.
     """
     target = config.export or Path()
-    require_targets(config, {"export": target}, [])
+    require_targets(config, {"export": [target]}, [])
     (model,) = load_ensemble(config, CPU).models
     side = model.image_size
     threshold = config.threshold if isinstance(config.threshold, float) else model.threshold
@@ -5048,7 +5087,7 @@ def shared_decode(
     return caches
 
 
-def evaluate_command(config: Config) -> int:
+def evaluate_command(config: Config, signals: StopSignals) -> int:
     """Evaluate saved models on a split."""
     require_own_report(config, config.labels.name if config.labels else config.split)
     hardware, distributed = start(config)
@@ -5060,7 +5099,7 @@ def evaluate_command(config: Config) -> int:
         caches = open_caches(train, *ensemble.models[0].shape, cache)
         if all(row.checksum for found in caches for row in found.rows):  # else it would take long
             training = MuraDataset(caches)
-    evaluate_ensemble(config, ensemble, scan, cache, distributed, training)
+    evaluate_ensemble(config, ensemble, scan, cache, distributed, signals, training)
     return EXIT_DONE
 
 
@@ -5078,8 +5117,6 @@ def train_command(config: Config, signals: StopSignals) -> int:
         require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
         distributed.require_shared(config.checkpoint[0].parent)
-        if not content and distributed.rank == 0:
-            state_file.unlink(missing_ok=True)  # it belongs to the model that is replaced
         train_and_test(config, content, hardware, distributed, signals)
     return EXIT_DONE
 
@@ -5124,7 +5161,11 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
     if "model" in config.given and config.model != name:
         raise UserError(f"--weights {source}: is a {name}, not a {config.model}; leave --model out")
     network = Network(name)
-    network.load_state_dict(content["state_dict"])
+    try:
+        network.load_state_dict(content["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"--weights {source}: written by another version of this "
+                        "program") from error
     require_finite(content["state_dict"], f"--weights {source}")
     return network, content
 
@@ -5178,15 +5219,19 @@ def train_and_test(
     seen = sorted({*patients["train"], *known_patients(earlier)})
     facts = {"bad_images": len(bad_images), "patients": patients | {"train": seen},
              "body_parts": sorted({record.body_part for record in train.records})}
+    facts = content.get("facts", facts)
     trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
     if content:
         trainer.resume(content)
+    else:
+        trainer.save_state()  # first, and over that of a run that is replaced
     if distributed.rank == 0:
         atomic_write(config.file(".split.csv"), csv_text(split, ("patient", "split")))
     trainer.fit()
     if test:
         ensemble = load_ensemble(config, hardware)
-        evaluate_ensemble(config, ensemble, test, cache, distributed, MuraDataset(caches))
+        known = MuraDataset(caches)
+        evaluate_ensemble(config, ensemble, test, cache, distributed, signals, known)
     else:
         warn("there is no valid/, so there is no test; --evaluate --labels tests on other images")
     model, state = config.checkpoint[0], trainer.state
@@ -5456,7 +5501,7 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     if there.exists() and not (there / PHANTOM_LIST).exists():
         raise UserError(f"--demo {folder}: {there} holds no phantoms; give another folder")
     figure = config.figure or folder / "demo_heatmap.png"
-    require_targets(config, {"figure": figure}, [])
+    require_targets(config, {"figure": [figure]}, [])
     if not config.overwrite:
         require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")
@@ -5515,12 +5560,9 @@ def run_command(config: Config, signals: StopSignals) -> int:
     if is_distributed() and config.mode not in "TE":
         raise UserError("torchrun is for training and --evaluate: leave it out")
     choose_backend()
-    if config.mode == "D":
-        return demo_command(config, signals)
-    if config.mode == "T":
-        return train_command(config, signals)
-    commands = {"E": evaluate_command, "P": predict_command, "X": export_command}
-    return commands[config.mode](config)
+    commands = {"T": train_command, "E": evaluate_command, "P": predict_command,
+                "X": export_command, "D": demo_command}
+    return commands[config.mode](config, signals)
 
 
 def main(config: Config) -> int:
@@ -5580,17 +5622,17 @@ def leave(code: int) -> int:
 def run_as_script(config: Config) -> int:
     """Run `main` with streams whose failure does not end the work, but shows in the exit code."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed, as by `>&-`
-            stream = Path(os.devnull).open("w")  # noqa: SIM115
+        stream, lost = getattr(sys, name), ""
+        if stream is None:  # as by `>&-`
+            stream, lost = Path(os.devnull).open("w"), "closed"  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks
-        setattr(sys, name, SafeStream(stream))
+        setattr(sys, name, SafeStream(stream, lost))
     code = main(config)
     sys.stdout.flush()
     sys.stderr.flush()
-    lost = any(getattr(stream, "lost", "") for stream in (sys.stdout, sys.stderr))
-    return code or (EXIT_FAILED if lost else EXIT_DONE)
+    failed = any(getattr(stream, "lost", "") for stream in (sys.stdout, sys.stderr))
+    return code or (EXIT_FAILED if failed else EXIT_DONE)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,15 @@ def at_most(seconds: int) -> Iterator[None]:
         raise TimeoutError("still reading")
 
     before = signal.signal(signal.SIGALRM, late)
+    memory = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, memory[1]))
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -824,4 +828,18 @@ def test_a_process_alone_gathers_and_sums_its_own(tmp_path: Path) -> None:
     alone.wait()
     alone.wait_for_decoding("x")
     alone.require_shared(tmp_path)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_some_machine_does_not_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    job = mura.Distributed()
+    job.world_size = 2
+    monkeypatch.setattr(job, "wait", lambda: None)
+    monkeypatch.setattr(job, "gather", lambda seen: [*seen, shared])
+    refusal = pytest.raises(mura.UserError, match="is not shared by all machines")
+    with contextlib.nullcontext() if shared else refusal:
+        job.require_shared(tmp_path)
     assert names(tmp_path) == set()
