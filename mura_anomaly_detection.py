@@ -161,8 +161,8 @@ GROUPS = {  # first flag of each group in --help
     "predict": "prediction", "demo": "general",
 }
 SHORT_HELP = (
-    "data_dir checkpoint resume overwrite tasks model epochs batch_size lr evaluate predict output "
-    "figure demo device").split()
+    "data_dir checkpoint resume overwrite tasks val_split model epochs batch_size lr evaluate "
+    "predict output figure demo device").split()
 LEARNT = (  # they decide what is learnt: --resume takes them from the saved state ...
     "recipe tasks val_split image_size resize normalization model batch_size lr lr_schedule warmup "
     "weight_decay hflip rotation brightness contrast mixup precise_bn select precision seed "
@@ -372,7 +372,7 @@ def build_parser(*, short: bool = False) -> Parser:
     parser = Parser(
         prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\n")[0],
         allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS,
-        usage="%(prog)s [--data-dir DIR | --evaluate | --predict PATH ... | --export F | --demo]",
+        usage="%(prog)s [--evaluate | --predict PATH | --export FILE | --demo] [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=26, width=100),
     )
@@ -466,6 +466,7 @@ import hashlib
 import io
 import json
 import logging
+import mmap
 import os
 import pickle
 import secrets
@@ -770,7 +771,7 @@ def sweep_temporaries(folder: Path) -> None:
     """Remove the temporary files that killed processes left."""
     with contextlib.suppress(OSError):  # no such folder, or another process was faster
         for name in os.listdir(folder):
-            found = re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", name)
+            found = re.fullmatch(r"\..+\.[0-9a-f]{4,}\.tmp", name)
             if found and time.time() - os.stat(folder / name).st_mtime > STALE_SECONDS:
                 os.unlink(folder / name)
 
@@ -873,14 +874,12 @@ def require_new(paths: Iterable[Path], remedy: str) -> None:
 
 
 def is_ours(path: Path, header: bytes = b"") -> bool:
-    """Return whether a file begins with `header`, or carries this program's name near an end."""
-    if not path.is_file():
+    """Return whether a file begins with `header`, or carries this program's name."""
+    if not path.is_file() or not path.stat().st_size:
         return False
-    with path.open("rb") as file:
-        head = file.read(4096)
-        file.seek(-min(4096, path.stat().st_size), os.SEEK_END)
-        ends = head + file.read()
-    return PROGRAM.encode() in ends or bool(header and head.startswith(header))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        begins = bool(header) and content[: len(header)] == header
+        return begins or content.find(PROGRAM.encode()) >= 0
 
 
 class RunLock:
@@ -1602,7 +1601,7 @@ def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
         rows = [(f"{path}: line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         where = f"{path}: line {reader.line_num}"
-        raise UserError(f"{where} cannot be read ({error}); save it again") from error
+        raise UserError(f"{where} cannot be read as CSV ({error}); save it again") from error
     for where, row in rows:
         record = label_record(row, where, folder)
         if labels.setdefault(record.study, record.label) != record.label:
@@ -2559,22 +2558,24 @@ def stage_maps(
     return logits.detach(), maps
 
 
-def spline_weights(positions: Tensor, count: int) -> Tensor:
-    """Return the weights (P, count) of cells at positions in cells: a cubic B-spline.
+def cell_weights(positions: Tensor, count: int, spread: float) -> Tensor:
+    """Return the weights (P, count) of cells at positions in cells: a Gaussian of that spread.
 
     Smooth, never negative and adding up to 1; beyond the outer cells the map stays as it is.
     """
     cells = torch.arange(count, device=positions.device)
-    distance = (positions.clamp(0, count - 1)[:, None] - cells).abs()
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    weights = torch.where(distance < 1, near, (2 - distance).clamp(min=0) ** 3 / 6)
-    return weights / weights.sum(1, keepdim=True)
+    distance = positions.clamp(0, count - 1)[:, None] - cells
+    return (-0.5 * (distance / spread) ** 2).softmax(1)
 
 
 def enlarge(maps: Tensor, side: int, stage: Stage) -> Tensor:
-    """Return a stage's maps (B, h, w) on the input's pixels (B, side, side), cells in place."""
+    """Return a stage's maps (B, h, w) on the input's pixels (B, side, side), cells in place.
+
+    The Gaussian is of 0.6 cells, but at least 1/56 of the side: finer heat is grain.
+    """
     positions = (torch.arange(side, device=maps.device) - stage.offset) / stage.stride
-    rows, columns = (spline_weights(positions, count) for count in maps.shape[1:])
+    spread = max(0.6, side / 56 / stage.stride)
+    rows, columns = (cell_weights(positions, count, spread) for count in maps.shape[1:])
     return rows @ maps @ columns.T
 
 
@@ -4705,7 +4706,8 @@ class Predictor:
         found = list(radiograph.warnings)
         if doubt := unlike_radiograph(radiograph):
             found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
-        named = [piece for piece in path.absolute().parts if piece.upper().startswith("XR_")]
+        folders = path.absolute().parent.parts
+        named = [folder for folder in folders if folder.upper().startswith("XR_")]
         part = radiograph.body_part or "".join(named[-1:])
         found.append(body_part_warning(self.ensemble.models, part))
         models = self.ensemble.models
@@ -4787,7 +4789,8 @@ def output_row(result: StudyResult) -> Content:
         strongest = max(result.readable, key=lambda view: view.probability)
         box = strongest.box or [None] * 4
         row |= dict(zip(OUTPUT_COLUMNS[5:9], box, strict=True)) | {"view": strongest.path.name}
-    return {name: row.get(name) or None for name in OUTPUT_COLUMNS[:11]}
+    values = {name: row.get(name) for name in OUTPUT_COLUMNS[:11]}
+    return {name: None if value == "" else value for name, value in values.items()}
 
 
 def output_rows(config: Config, result: StudyResult) -> Content:
@@ -4831,7 +4834,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
             for result, figure in itertools.zip_longest(results, figures):
                 rows.append(output_rows(config, result))
                 print_result(result, rows[-1].get("probability_at_prevalence"))
-                save_maps(archive, result)
+                save_maps(archive, result, config.save_cam)
                 if figure and result.label:
                     explain_result(result, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
@@ -4920,23 +4923,37 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
-    kind = zipfile.ZIP_DEFLATED
-    with temporary_file(path) as temporary, zipfile.ZipFile(temporary, "w", kind) as archive:
-        archive.comment = f"{PROGRAM} {__version__}".encode()
-        yield archive
+    kind, inner = zipfile.ZIP_DEFLATED, None
+    try:
+        with temporary_file(path) as temporary, zipfile.ZipFile(temporary, "w", kind) as archive:
+            archive.comment = f"{PROGRAM} {__version__}".encode()
+            try:
+                yield archive
+            except BaseException as error:
+                inner = error
+                raise
+    except OSError as error:
+        if error is inner:  # of what was done meanwhile
+            raise
+        raise unwritable(path, error) from error
 
 
-def save_maps(archive: zipfile.ZipFile | None, result: StudyResult) -> None:
+def save_maps(archive: zipfile.ZipFile | None, result: StudyResult, path: Path | None) -> None:
     """Add a result's heatmaps to an .npz archive, by the path of their images.
 
     As numpy.savez_compressed does, which does not take an image of the name "file".
     """
-    if not archive:
+    if not archive or not path:
         return
     for view in result.readable:
-        name = str(view.path).encode(errors="backslashreplace").decode()  # may be any bytes
-        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array(entry, view.heatmap)
+        name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
+        if name in archive.NameToInfo:  # given twice
+            continue
+        try:
+            with archive.open(name, "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, view.heatmap)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
 def explain_result(
@@ -5589,7 +5606,9 @@ def how_to_go_on(config: Config) -> str:
     if config.mode != "T" or not state.exists():
         return ""
     words = ["python", f"{PROGRAM}.py", "--checkpoint", str(config.checkpoint[0]), "--resume"]
-    for name in ("data_dir", "labels", "cache_dir", "device", "epochs"):
+    names = ("data_dir", "labels", "cache_dir", "device", "epochs", "workers", "bootstrap",
+             "save_every", "prevalence")
+    for name in names:
         if name in config.given:
             words += [flag_of(name), str(getattr(config, name))]
     return f"; the state is in {state}; to go on: {shlex.join(words)}"

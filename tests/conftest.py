@@ -17,7 +17,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 os.environ.setdefault("MPLBACKEND", "Agg")
 SCRIPT = Path(__file__).resolve().parent.parent / "mura_anomaly_detection.py"
-SCRIPT = Path(os.environ.get("MURA_SCRIPT", SCRIPT)).resolve()
 sys.path.insert(0, str(SCRIPT.parent))
 
 from torch import nn  # noqa: E402

@@ -244,11 +244,12 @@ def test_what_killed_processes_left_is_removed_after_a_while(tmp_path: Path) -> 
     assert stale != fresh  # two processes never write to one temporary file
     for left in (stale, fresh):
         left.write_bytes(b"half")
-    os.utime(stale, (time.time() - 25 * 3600,) * 2)
-    mura.atomic_write(tmp_path / "g.csv", b"")
-    assert stale.exists()  # of another file
+    foreign = tmp_path / ".f.csv.0.tmp"
+    foreign.write_bytes(b"another program's")
+    for left in (stale, foreign):
+        os.utime(left, (time.time() - 25 * 3600,) * 2)
     mura.atomic_write(path, b"")
-    assert not stale.exists() and fresh.exists()
+    assert not stale.exists() and fresh.exists() and foreign.exists()
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:

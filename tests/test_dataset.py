@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -782,7 +783,7 @@ WRONG_TABLES = {
     "path,label\n": "lists no image",
     '"path,label\na.png,0\n': "line 1 must be a header|cannot be read as CSV",
     'path,label\na.png,0\n"b.png,1\n' + "sub/c.png,0\n" * 12_000:  # longer than csv takes a cell
-        "line .*no such file|.*cannot be read as CSV",
+        "line .*(no such file|cannot be read)",
 }
 
 
@@ -1153,7 +1154,7 @@ def test_a_damaged_header_is_found_or_harmless(tmp_path: Path) -> None:
     header, shape = len(whole) % (SIZE * SIZE), whole.index(b"(2, 64, 64)")
     rng = np.random.default_rng(0)
     flips = [(byte, int(rng.integers(8))) for byte in range(0, header, 3)]
-    flips += [(byte, bit) for byte in range(shape, shape + 11) for bit in range(8)]
+    flips += [(shape + digit, bit) for digit in (1, 4, 5, 8, 9) for bit in range(8)]
     for byte, bit in flips:
         changed = bytearray(whole)
         changed[byte] ^= 1 << bit
@@ -1362,8 +1363,9 @@ def test_a_repaired_image_is_picked_up(root: Path, decodings: list[Path]) -> Non
     require_right(dataset)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
 def test_an_image_that_becomes_readable_without_a_change_is_picked_up(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by chmod, or where a network folder failed for a moment."""
     locked = mura.scan_split(root, "train").records[0]
@@ -1371,14 +1373,14 @@ def test_an_image_that_becomes_readable_without_a_change_is_picked_up(
 
     def refusing(file: Any, *arguments: Any, **options: Any) -> Any:
         if str(file) == locked.path:
-            raise PermissionError(13, "Permission denied", locked.path)
+            raise OSError(number, os.strerror(number), locked.path)
         return opener(file, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", refusing)
         patch.setattr("builtins.open", refusing)
         errors = decoded(root)[0].errors
-        assert errors == {locked.name: "permission denied"}
+        assert errors == {locked.name: os.strerror(number).lower()}
     dataset = mura.MuraDataset(decoded(root))
     assert len(dataset) == 16
     require_right(dataset)

@@ -544,6 +544,8 @@ def test_labels_of_a_table_are_evaluated_as_those_of_folders(
     assert report["split"] == "full.csv" and report["levels"] == twin["levels"]
     found = {row["path"]: row["probability"] for row in table_of(Path("e"))}
     assert found == {row["path"]: row["probability"] for row in rows}
+    assert evaluate("--labels", "full.csv", "--data-dir", phantoms) == 0, "its own report"
+    assert evaluate() == mura.EXIT_USAGE, "that of another set"
     capsys.readouterr()
 
     monkeypatch.setattr(mura, "gallery_sheet", blank_picture)
@@ -1073,7 +1075,7 @@ def test_a_body_part_that_no_model_knows_is_warned_about(
     plant(tmp_path, image, *names)
     content = torch.load(pair[1], weights_only=True)
     narrow = write_model(tmp_path / "m.pth", content, body_parts=["XR_FOREARM"])
-    for models in (pair[:1], [pair[0], narrow]):
+    for models in (pair[:1], [pair[0], narrow], [narrow, pair[0]]):
         assert ask(*names, "--checkpoint", *models) == 0
         err = capsys.readouterr().err
         warned = [line for line in err.splitlines() if "body part" in line]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, TINY, mura, run_inside
+from conftest import TINY, mura, run_inside
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -504,39 +504,63 @@ def overconfident(untested: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return checkpoint
 
 
+def train_overconfident(
+    large: Path, model: Path, checkpoint: Path, val_split: str, *flags: str
+) -> ByHand:
+    """Train on from a model for an epoch that changes little; returns the same by hand."""
+    command = (
+        "--data-dir", large, "--checkpoint", checkpoint, *TINY, "--weights", model, "--lr", "1e-6",
+        "--batch-size", "64", "--val-split", val_split, "--precise-bn", "1000", *flags)
+    assert run_inside(*command) == 0
+    return ByHand(large, checkpoint, command).run()
+
+
+def column(images: Images, name: str) -> np.ndarray:
+    return np.array([getattr(record, name) for record in images.records])
+
+
 @pytest.mark.parametrize("rule", ["auto", "sens=0.8", None, "0.3"])
 def test_temperatures_and_threshold_are_of_val(
-    rule: str | None, large: Path, overconfident: Path, tmp_path: Path
+    rule: str | None, large: Path, overconfident: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the patients of val; the threshold is of its studies, calibrated before."""
-    checkpoint = tmp_path / "run.pth"
-    command = (
-        "--data-dir", large, "--checkpoint", checkpoint, *TINY, "--weights", overconfident, "--lr",
-        "1e-6", "--batch-size", "64", "--val-split", "0.5", "--precise-bn", "1000",
-        *(("--threshold", rule) if rule else ()))
-    assert run_inside(*command) == 0
-    hand, content = ByHand(large, checkpoint, command).run(), read_model(checkpoint)
-    logits, records = hand.logits[0], hand.val.records
-    columns = {name: np.array([getattr(record, name) for record in records])
-               for name in ("body_part", "patient", "study", "label")}
-    temperature = mura.fit_temperature(logits, columns["label"], columns["patient"])
-    probability = mura.sigmoid(logits, temperature)
-    names = tuple(record.name for record in records)
-    images = mura.Predictions(names, **columns, probability=probability)
-    of_studies = mura.fit_study_temperature(images)
+    """Of its patients; the threshold is of its studies, calibrated before."""
+    calibrated: list[mura.Predictions] = []
+
+    def of_studies(images: mura.Predictions) -> float:
+        calibrated.append(images)
+        return 0.3
+
+    monkeypatch.setattr(mura, "fit_study_temperature", of_studies)
+    flags = ("--threshold", rule) if rule else ()
+    hand = train_overconfident(large, overconfident, tmp_path / "run.pth", "0.5", *flags)
+    content, val, logits = read_model(tmp_path / "run.pth"), hand.val, hand.logits[0]
+    temperature = mura.fit_temperature(logits, column(val, "label"), column(val, "patient"))
     assert temperature > 1.5
     assert content["temperature"] == pytest.approx(temperature, rel=0.02)  # one step of its grid
-    assert content["study_temperature"] == pytest.approx(of_studies, rel=0.02)
+    assert content["study_temperature"] == 0.3
+    probability = mura.sigmoid(logits, content["temperature"])
+    np.testing.assert_allclose(calibrated[0].probability, probability, atol=1e-4)
     expected = {None: 0.5, "0.3": 0.3}.get(rule)
     if expected is None:
-        studies = mura.pool_studies(images, content["study_temperature"])
-        expected = mura.choose_threshold(rule, studies)
-    assert content["threshold"] == pytest.approx(expected, abs=2e-3)
+        pooled = [mura.pool_studies(calibrated[0], temperature) for temperature in (0.3, 1)]
+        expected, other = (mura.choose_threshold(rule, studies) for studies in pooled)
+        assert abs(expected - other) > 1e-3
+    assert content["threshold"] == pytest.approx(expected)
     source = {None: "default", "0.3": "given"}.get(rule, f"{rule} on val")
     assert content["threshold_source"] == source
     patients = content["patients"]
-    assert patients["val"] == sorted({record.patient for record in hand.val.records})
-    assert set(patients["train"]) >= {record.patient for record in hand.train.records}
+    assert patients["val"] == sorted(set(column(val, "patient")))
+    assert set(patients["train"]) >= set(column(hand.train, "patient"))
+
+
+def test_a_temperature_takes_many_patients(
+    large: Path, overconfident: Path, tmp_path: Path
+) -> None:
+    """20 of them, whatever the number of studies: those of a patient are not independent."""
+    val = train_overconfident(large, overconfident, tmp_path / "run.pth", "0.44").val
+    assert len(set(column(val, "patient"))) < 20 <= len(set(column(val, "study")))
+    assert read_model(tmp_path / "run.pth")["temperature"] == 1
 
 
 # ----- which epoch is kept ----------------------------------------------------------------------
@@ -961,10 +985,14 @@ def test_more_epochs_stretch_the_schedule(
     capsys.readouterr()
     longer = training(untested, checkpoint, "--epochs", "4", "--resume")
     stop_in_batch(2, signal.SIGINT, longer)
-    assert re.search(r"--epochs 2 -> 4: the schedule is stretched; .*\d", capsys.readouterr().out)
+    stretched = r"--epochs 2 -> 4: the schedule is stretched; .* (\S+)"
+    told = re.search(stretched, capsys.readouterr().out)
+    assert told
     assert run_inside(*longer) == 0
     assert "stretched" not in capsys.readouterr().out
     rows, batches = read_history(checkpoint), batches_of(untested, checkpoint)
+    next_rate = 0.02 * mura.poly_factor(2 * batches, 4 * batches, 0.1)
+    assert float(told[1]) == pytest.approx(next_rate, rel=0.01)
     assert rows[:2] == before
     steps = [epoch * batches - 1 for epoch in (3, 4)]
     expected = [0.02 * mura.poly_factor(step, 4 * batches, 0.1) for step in steps]
@@ -1620,10 +1648,9 @@ def test_what_a_scheduler_leaves_in_the_environment_changes_nothing(
 def torchrun(command: Command, *options: str, **variables: str) -> subprocess.Popen[str]:
     """Start tiny_run.py under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(TINY_RUN)]
-    settings = {"OMP_NUM_THREADS": "1", "MURA_SCRIPT": str(SCRIPT), **variables}
     return subprocess.Popen(
-        [*launcher, *map(str, command)], env={**os.environ, **settings}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [*launcher, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_torchrun_starts_a_killed_process_again(data: Path, alone: Path, tmp_path: Path) -> None:
