@@ -362,8 +362,8 @@ def test_a_stopped_run_names_the_command_that_goes_on(
     assert (program, script) == ("python", "mura_anomaly_detection.py")
     config, later = mura.parse_options(command), mura.parse_options(words)
     assert later.resume and not config.resume
-    for name in ("data_dir", "checkpoint", "epochs", "device", "workers", "patience", "bootstrap",
-                 "grad_accum_steps", "save_every", "on_bad_image", "prevalence"):
+    for name in ("data_dir", "checkpoint", "epochs", "device", "workers", "bootstrap",
+                 "save_every", "prevalence"):  # the state keeps the others
         assert getattr(later, name) == getattr(config, name), name
     done = len(rows_of(history))
     assert run_until_terminated(words) == 143
