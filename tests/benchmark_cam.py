@@ -84,7 +84,7 @@ def pointing(study: Study, method: str) -> None:
             chance.append(mask.mean())
     print(f"{method:8} pointing: peak {np.mean(hits):.2f}, share {np.mean(shares):.2f} "
           f"(chance {np.mean(chance):.2f}, n {len(hits)}); scale: median peak normal "
-          f"{np.median(peaks[0]):.2f}, abnormal {np.median(peaks[1]):.2f}", flush=True)
+          f"{np.median(peaks[0] or [0]):.2f}, abnormal {np.median(peaks[1]):.2f}", flush=True)
 
 
 def deletion(study: Study, methods: list[str]) -> None:

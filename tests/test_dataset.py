@@ -983,8 +983,8 @@ def test_letterbox_keeps_the_aspect_ratio_and_is_centred(
     wide, high = right - left, bottom - top
     assert max(wide, high) == size
     scale = size / max(height, width)
-    assert abs(wide - max(1, width * scale)) <= 0.5
-    assert abs(high - max(1, height * scale)) <= 0.5
+    assert abs(wide - max(1, width * scale)) <= 0.5 + 1e-9
+    assert abs(high - max(1, height * scale)) <= 0.5 + 1e-9
     assert 0 <= (size - right) - left <= 1
     assert 0 <= (size - bottom) - top <= 1
 
