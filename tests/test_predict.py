@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -1413,6 +1414,8 @@ class Child:
             sys.stdout = sys.stderr = Path("log").open("a", buffering=1)  # noqa: SIM115
             os.dup2(sys.stderr.fileno(), 2)
             sys.unraisablehook = sys.__unraisablehook__  # pytest's would keep what it says
+            # tqdm's is shared with this process: one killed at the wrong time would lock it for ever
+            mura.tqdm.set_lock(threading.RLock())
             setup()
             code = run_inside(*arguments)
         finally:
