@@ -1798,7 +1798,8 @@ def decode_square(record: ImageRecord, size: int, resize: str) -> tuple[CachedIm
         square = resize_square(read_radiograph(Path(record.path)).pixels, size, resize)
     except BadImage as problem:
         error = str(problem)
-        if "pip install" in error or isinstance(problem.__cause__, PermissionError):
+        from_system = getattr(problem.__cause__, "errno", None)  # decoders' own errors have none
+        if "pip install" in error or from_system:
             signature = ""  # it may become readable without a change
     return CachedImage(record.name, signature, pixel_checksum(square), error), square
 
