@@ -1629,10 +1629,14 @@ def label_record(row: Mapping[str, str], where: str, folder: Path) -> ImageRecor
     if not os.path.isfile(folder / name):
         raise UserError(f"{where}: {folder / name}: no such file; --data-dir says what relative "
                         "paths start from")
+    if cells.get("patient") == "":
+        raise UserError(f"{where}: names no patient; fill it in, or leave the column out")
     study = cells.get("study") or name
     patient = cells.get("patient") or study
-    key = study if patient == study else f"{patient}/{study}"
     part = cells.get("body_part") or "all"
+    key = study if patient == study else f"{patient}/{study}"
+    if part != "all":  # study1 of a patient's elbow is not study1 of the hand
+        key = f"{part}/{key}"
     return ImageRecord(str(folder / name), name, part, patient, key, label)
 
 
@@ -4436,6 +4440,8 @@ def evaluate_ensemble(
                             "--precision fp32 or another model", EXIT_FAILED)
         notes, dropped = check_duplicates(first, training, scan.split, drop=config.drop_duplicates)
         kept = [i for i, record in enumerate(first.records) if record.name not in dropped]
+        if not kept:
+            raise UserError(f"{scan.split}: all images are duplicates; leave --drop-duplicates out")
         records = [first.records[i] for i in kept]
         members = [as_predictions(records, row[kept]) for row in ensemble.probabilities(logits)]
         evaluation = Evaluation(config, ensemble, scan, members, notes)

@@ -1740,6 +1740,19 @@ def test_the_test_says_what_it_has_in_common_with_training_and_drops_it_only_if_
     assert (f"valid/{HAND.format('X0', 'negative', 1)}" in listed) == (not drop)
 
 
+def test_a_test_of_nothing_but_duplicates_ends_in_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(model.parent / "MURA-v1.1", tmp_path / "MURA-v1.1")
+    shutil.copytree(root / "train", root / "valid")
+    flags = ("--output", tmp_path / "out.csv", "--drop-duplicates")
+    assert run_inside("--data-dir", root, "--checkpoint", model, *EVALUATE, *flags) in (1, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--drop-duplicates" in line
+    assert "ValueError" not in line
+    assert not (tmp_path / "out.report.json").exists()
+
+
 def test_the_split_file_holds_every_patient_once_on_its_side(model: Path) -> None:
     with model.with_suffix(".split.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -1789,3 +1802,18 @@ def test_a_loop_an_unreadable_image_and_stray_files_in_one_run(
     assert lines[1].startswith(f"{root / 'train'}: 1 files are no images")
     assert lines[2] == f"{study}/image1.png: empty (0 bytes)"
     assert lines[3].startswith(f"1 of 16 images below {root / 'train'} cannot be read")
+
+
+def test_studies_of_two_body_parts_stay_two(tmp_path: Path) -> None:
+    path = labels_file(tmp_path, "path,label,patient,study,body_part\n"
+                                 "a.png,0,p1,study1,ELBOW\nb.png,1,p1,study1,HAND\n")
+    first, second = scan_table(path).records  # one study would have two labels
+    assert first.study != second.study and first.patient == second.patient == "p1"
+
+
+@pytest.mark.parametrize("row", ["b.png,1,", "b.png,1"])
+def test_a_row_without_its_patient_is_refused(tmp_path: Path, row: str) -> None:
+    """Taken for a patient of its own, it could stand on both sides of the split."""
+    path = labels_file(tmp_path, f"path,label,patient\na.png,0,p1\n{row}\n")
+    with pytest.raises(mura.UserError, match=r"line 3: names no patient; fill it in"):
+        scan_table(path)
