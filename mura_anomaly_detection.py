@@ -45,6 +45,7 @@ __version__ = "2.0.0"
 PROGRAM = "mura_anomaly_detection"
 RESEARCH_ONLY = "for research and teaching, not for diagnosis"
 CLASSES = ("normal", "abnormal")  # index = label
+Content = dict[str, Any]  # options, or what a checkpoint, a report or a row holds
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 0, 1, 2, 3  # 128 + n: stopped by signal n
 
 
@@ -60,11 +61,11 @@ class UserError(Exception):
 
 MODES = {"T": "training", "E": "--evaluate", "P": "--predict", "X": "--export", "D": "--demo"}
 FIGURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # of --figure; any other name is a folder
-PAPER_RECIPE: dict[str, Any] = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
+PAPER_RECIPE: Content = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
     "image_size": 320, "lr": 1e-4, "lr_schedule": "plateau", "weight_decay": 0.0, "rotation": 30.0,
     "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "precise_bn": 0, "tta": False,
 }
-DEMO_DEFAULTS: dict[str, Any] = {  # random weights: with 2 epochs one of 3 seeds did not learn
+DEMO_DEFAULTS: Content = {  # random weights: with 2 epochs one of 3 seeds did not learn
     "weights": "none", "resize": "letterbox", "normalization": "image", "image_size": 96,
     "lr": 1e-3, "epochs": 3,
 }
@@ -144,7 +145,7 @@ def option(modes: str, default: object, text: str, **argparse_arguments: object)
     return field(default=default, metadata=about)
 
 
-def file_option(metavar: str) -> dict[str, Any]:
+def file_option(metavar: str) -> Content:
     """Return the argparse arguments of a path; `metavar` shows the suffix that it wants."""
     return {"type": Path, "metavar": metavar}
 
@@ -392,7 +393,7 @@ def parse_options(arguments: Sequence[str]) -> Config:
     """Return the Config of command-line arguments; wrong use prints one line and exits with 2."""
     parser = build_parser(short="-h" in arguments)
     given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
+    values: Content = {}
     if given.get("demo"):
         values = DEMO_DEFAULTS | {"checkpoint": (given["demo"] / "demo.pth",)}
     elif given.get("recipe") == "paper":
@@ -499,8 +500,9 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-Content = dict[str, Any]  # what a checkpoint, a report or a row holds
-Pixels = npt.NDArray[np.uint8]  # grey, (H, W)
+Array = np.ndarray  # the docstring says shape and unit
+Floats = npt.NDArray[np.float64]
+Pixels = npt.NDArray[np.uint8]  # grey, 0 black to 255 white, (H, W)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Shape = tuple[int, str]  # side in pixels and --resize of a network's input
 
@@ -925,7 +927,7 @@ def lock_file(file: IO[bytes]) -> None:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> str:
+def write_checkpoint(path: Path, content: Content) -> str:
     """Write what torch.save can hold; returns the file's SHA-256."""
     buffer = io.BytesIO()
     torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
@@ -939,7 +941,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+def read_checkpoint(path: Path, kind: str) -> Content:
     """Return the content of a file of this program: "model" (STEM.pth) or "state" (STEM.last.pth).
 
     Raises:
@@ -952,7 +954,7 @@ def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def read_weights(path: Path, remedy: str) -> dict[str, Any]:
+def read_weights(path: Path, remedy: str) -> Content:
     """Return the dict in a .pth or .safetensors file; never runs code from it.
 
     Raises:
@@ -990,7 +992,7 @@ def check_archive(file: IO[bytes]) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def read_safetensors(path: Path, remedy: str) -> dict[str, Any]:
+def read_safetensors(path: Path, remedy: str) -> Content:
     """Return the tensors of a .safetensors file; errors as of `read_weights`."""
     try:
         from safetensors.torch import load_file
@@ -1040,9 +1042,6 @@ with OPTIONAL:  # where libtiff is hidden in Pillow: Windows
     libtiff.TIFFSetWarningHandler(None)
     libtiff.TIFFSetErrorHandler(None)
 
-Values = npt.NDArray[Any]
-Grey = npt.NDArray[np.uint8]  # 0 black to 255 white
-
 
 class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised)
     """An image that cannot be used; the text is the reason, to which the caller adds the path."""
@@ -1063,7 +1062,7 @@ class ImageHeader:
 class Radiograph:
     """One decoded image and what its file says about it."""
 
-    pixels: Grey  # (H, W)
+    pixels: Pixels  # (H, W)
     body_part: str = ""  # DICOM BodyPartExamined
     study_uid: str = ""  # DICOM StudyInstanceUID
     warnings: tuple[str, ...] = ()  # short clauses
@@ -1205,7 +1204,7 @@ def _check_tiff(image: Any) -> bool:
     return False
 
 
-def _to_grey(image: Image.Image) -> tuple[Grey, float]:
+def _to_grey(image: Image.Image) -> tuple[Pixels, float]:
     """Return grey and the mean chroma."""
     tags = getattr(image, "tag_v2", {})
     if image.mode[0] in "IF":  # I;16, I;16B, I, F
@@ -1227,7 +1226,7 @@ def _to_grey(image: Image.Image) -> tuple[Grey, float]:
     return np.array(colour.convert("L")), chroma
 
 
-def _robust_range(values: Values) -> Values:
+def _robust_range(values: Array) -> Array:
     """Return black and white for grey of any depth, (2,), where the file has no window.
 
     One pixel in a thousand is below black, one above white; of less than a thousand pixels, the
@@ -1244,7 +1243,7 @@ def _robust_range(values: Values) -> Values:
     return np.partition(sample, ranks)[ranks]
 
 
-def _scale(values: Values, black: float, white: float) -> Grey:
+def _scale(values: Array, black: float, white: float) -> Pixels:
     span = float(white) - float(black) or 1.0
     shown = (values.astype(np.float32) - float(black)) * (255 / span) + 0.5
     return shown.clip(0, 255).astype(np.uint8)
@@ -1280,7 +1279,7 @@ def _decode_dicom(data: bytes) -> Radiograph:
     return Radiograph(grey, str(part), str(study), _dicom_warnings(header), chroma)
 
 
-def _dicom_pixels(header: Dataset) -> Values:
+def _dicom_pixels(header: Dataset) -> Array:
     """Return the stored values of the first frame, (Rows, Columns) or (Rows, Columns, 3)."""
     from pydicom.pixels.utils import pixel_array
 
@@ -1298,7 +1297,7 @@ def _dicom_pixels(header: Dataset) -> Values:
         ) from error
 
 
-def _dicom_grey(header: Dataset, stored: Values, bits: int) -> Grey:
+def _dicom_grey(header: Dataset, stored: Array, bits: int) -> Pixels:
     """Stored values -> modality -> values of interest -> grey (DICOM PS3.3 C.11.1 and C.11.2).
 
     All of it happens to a table of the values that a pixel can have.
@@ -1326,7 +1325,7 @@ def _dicom_grey(header: Dataset, stored: Values, bits: int) -> Grey:
     return shown[codes]
 
 
-def _display(header: Dataset, values: Values) -> tuple[Values, Grey | None]:
+def _display(header: Dataset, values: Array) -> tuple[Array, Pixels | None]:
     """Return values after the modality, and grey as the VOI table or window says, if there is one.
 
     What pydicom does not understand is left out.
@@ -1830,7 +1829,7 @@ def fill_cache(cache: CacheFile, workers: int, bar: Progress) -> None:
     atomic_write(cache.path.with_suffix(".json"), json_text(cache.rows))  # last: now rows count
 
 
-def create_array(path: Path, cache: CacheFile) -> np.ndarray:
+def create_array(path: Path, cache: CacheFile) -> Array:
     """Return a new memory-mapped array of a cache file's shape; OSError on a full disk."""
     shape = len(cache.rows), cache.size, cache.size
     array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -1841,7 +1840,7 @@ def create_array(path: Path, cache: CacheFile) -> np.ndarray:
 
 
 def decode_rows(
-    cache: CacheFile, array: np.ndarray, todo: Sequence[int], workers: int, bar: Progress
+    cache: CacheFile, array: Array, todo: Sequence[int], workers: int, bar: Progress
 ) -> None:
     """Decode some images into the rows of the array."""
     decode = partial(decode_square, size=cache.size, resize=cache.resize)
@@ -1934,7 +1933,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         self.labels = np.array([record.label for record in self.records], np.int64)
         self.places = [places[record.name] for record in self.records]
         self.verified = np.zeros(len(self.records), bool)
-        self.arrays: dict[int, np.ndarray] = {}
+        self.arrays: dict[int, Array] = {}
 
     @classmethod
     def from_folder(
@@ -1972,7 +1971,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     def __getstate__(self) -> Content:
         return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
 
-    def batch(self, indices: np.ndarray) -> Tensor:
+    def batch(self, indices: Array) -> Tensor:
         """Return images, (B, 1, S, S) uint8.
 
         Raises:
@@ -2076,7 +2075,7 @@ def random_stream(name: str, *key: int) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(name.encode()), *key])
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Array]:
     """Return 0..count-1 shuffled for an epoch, in batches whose sizes differ by one at most.
 
     >>> [len(batch) for batch in epoch_batches(10, 4, seed=0, epoch=0)]
@@ -2102,7 +2101,7 @@ class BatchLoader:
                 blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024))
                 self.resident = torch.cat([dataset.batch(block).to(device) for block in blocks])
 
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def __call__(self, batches: Sequence[Array]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, (B, 1, S, S) uint8, on the device."""
         if self.resident is not None:
             for indices in batches:
@@ -2111,7 +2110,7 @@ class BatchLoader:
         for images in map_ahead(self.gather, batches, workers=1, ahead=2):
             yield images.to(self.device, non_blocking=True)
 
-    def gather(self, indices: np.ndarray) -> Tensor:
+    def gather(self, indices: Array) -> Tensor:
         """Return a batch in host memory, pinned for CUDA."""
         images = self.dataset.batch(indices)
         return images.pin_memory() if self.device.type == "cuda" else images
@@ -2132,12 +2131,12 @@ class Augmentation:
         adjust: (images (B, 1, S, S), parameters (B, 1, 1, 1)) to images.
     """
 
-    draw: Callable[[np.ndarray, float], np.ndarray]
+    draw: Callable[[Array, float], Array]
     warp: Callable[[Tensor], Tensor] | None = None
     adjust: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def symmetric(uniform: np.ndarray, strength: float) -> np.ndarray:
+def symmetric(uniform: Array, strength: float) -> Array:
     """Return uniform numbers in [-strength, strength)."""
     return strength * (2 * uniform - 1)
 
@@ -2331,7 +2330,7 @@ class Network(nn.Module):
         return self.classify(features)
 
 
-def imagenet_weights(name: str) -> dict[str, Any]:
+def imagenet_weights(name: str) -> Content:
     """Return torchvision's ImageNet weights, from torch's hub folder where they are there already.
 
     Raises:
@@ -2605,7 +2604,7 @@ def class_activation_map(
     return logits, peak_of_one(product)
 
 
-def resize_map(heat: np.ndarray, height: int, width: int) -> npt.NDArray[np.float32]:
+def resize_map(heat: Array, height: int, width: int) -> Array:
     """Return a map (h, w) enlarged or reduced bilinearly to (height, width)."""
     tensor = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
     return functional.interpolate(tensor, (height, width), mode="bilinear")[0, 0].numpy()
@@ -2617,7 +2616,7 @@ def log_odds_above(probability: float, threshold: float) -> float:
     return float(p - t)
 
 
-def strongest_region(heat: np.ndarray) -> Box | None:
+def strongest_region(heat: Array) -> Box | None:
     """Return the box of what hangs together with the peak above half of it; None of a cold map."""
     if not heat.max() > 0:
         return None
@@ -2712,7 +2711,7 @@ class Ensemble:
             pairs = zip(self.models, images, strict=True)
             return torch.stack([model.logits(to_unit(batch)) for model, batch in pairs])
 
-    def probabilities(self, logits: np.ndarray) -> Floats:
+    def probabilities(self, logits: Array) -> Floats:
         """Return the members' calibrated probabilities of abnormal, (members, N)."""
         temperatures = np.array([[model.temperature] for model in self.models])
         return sigmoid(logits / temperatures)
@@ -2743,7 +2742,7 @@ class Ensemble:
     def predict_dataset(
         self, loaders: Sequence[BatchLoader], batch_size: int, distributed: Distributed,
         update: Callable[[int], object],
-    ) -> np.ndarray:
+    ) -> Array:
         """Return the logits (members, N) of a data set, each image once however many processes.
 
         Args:
@@ -2767,8 +2766,6 @@ class Ensemble:
 
 # ===== 7 metrics ==================================================================================
 
-Floats = npt.NDArray[np.float64]
-
 ECE_BINS = 15  # equal-width bins of the probability of abnormal (Guo et al. 2017, arXiv 1706.04599)
 TAIL = 0.025  # left out at each end of an interval: 95 %
 MIN_STUDIES = 10  # in each group of cases that a metric rests on; below, no interval
@@ -2789,13 +2786,13 @@ class Predictions:
     """Labels and probabilities of N images, or of N studies once pooled; each field has N."""
 
     path: tuple[str, ...]  # of the image, or of the study
-    body_part: npt.NDArray[np.str_]  # "XR_ELBOW"
-    patient: npt.NDArray[np.str_]  # the unit that is resampled
-    study: npt.NDArray[np.str_]  # path of the study, unique across body parts
-    label: npt.NDArray[np.int64]  # 1 = abnormal
+    body_part: Array  # "XR_ELBOW"
+    patient: Array  # the unit that is resampled
+    study: Array  # path of the study, unique across body parts
+    label: Array  # 1 = abnormal
     probability: Floats  # of abnormal
 
-    def take(self, rows: npt.NDArray[Any]) -> Predictions:
+    def take(self, rows: Array) -> Predictions:
         """Return the given rows: (K,) integers, or a mask (N,)."""
         taken = {name: np.asarray(column)[rows] for name, column in vars(self).items()}
         return Predictions(**taken | {"path": tuple(taken["path"].tolist())})
@@ -2826,7 +2823,7 @@ def correct_prevalence(probability: Floats, prevalence: float) -> Floats:
 
 
 def pool_views(
-    probability: Floats, study: npt.NDArray[Any], temperature: float = 1.0
+    probability: Floats, study: Array, temperature: float = 1.0
 ) -> Floats:
     """Return the probability of each study: the mean over its views, then the study temperature.
 
@@ -2851,7 +2848,7 @@ def pool_views(
     return pooled[np.argsort(first)]
 
 
-def study_divisor(temperature: float | Floats, views: npt.NDArray[np.intp] | float) -> Floats:
+def study_divisor(temperature: float | Floats, views: Array | float) -> Floats:
     """Return T + (1 - T) / views, exactly 1 for one view or T = 1; T for infinitely many views."""
     return np.asarray(1 - (1 - temperature) * (1 - 1 / views))
 
@@ -2886,7 +2883,7 @@ class Counts:
 
 
 def count_cases(
-    label: npt.NDArray[Any], probability: Floats, threshold: float, weight: Floats,
+    label: Array, probability: Floats, threshold: float, weight: Floats,
     prevalence: float = math.nan,
 ) -> Counts:
     """Return the counts for each row of weights (R, N): how often each of N cases counts."""
@@ -2906,7 +2903,7 @@ def count_cases(
         odds=ratio(normal, abnormal) * prevalence / (1 - prevalence))
 
 
-def ece_bin(probability: Floats) -> npt.NDArray[np.intp]:
+def ece_bin(probability: Floats) -> Array:
     """Return the bin k of each probability: k / 15 <= p < (k + 1) / 15, and 1.0 in the last."""
     return np.minimum((probability * ECE_BINS).astype(np.intp), ECE_BINS - 1)
 
@@ -3034,7 +3031,7 @@ HEADLINE = ("auroc", "kappa", "sensitivity", "specificity")  # of body parts and
 
 
 def compute_metrics(
-    label: npt.NDArray[Any], probability: Floats, threshold: float, weight: Floats | None = None,
+    label: Array, probability: Floats, threshold: float, weight: Floats | None = None,
     prevalence: float | None = None,
 ) -> dict[str, Floats]:
     """Return every metric for each row of weights (R, N), how often each case counts: (R,).
@@ -3127,7 +3124,7 @@ def with_interval(
 def evaluate(
     images: Predictions, threshold: float, *, study_temperature: float = 1.0, resamples: int = 1000,
     seed: int = 0, prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> Content:
     """Return `prevalence`, `levels.{image,study}`, `body_parts.PART.{image,study}` of the report.
 
     Each level holds `count`, `positives`, `patients` and every metric as {"value", "low", "high"}.
@@ -3141,7 +3138,7 @@ def evaluate(
         prevalence: of abnormal cases where the model is to be used.
     """
 
-    def level(rows: Predictions) -> dict[str, Any]:
+    def level(rows: Predictions) -> Content:
         sizes = group_sizes(rows, threshold)
         values = resample(rows, threshold, resamples, seed, prevalence)
         return {
@@ -3150,7 +3147,7 @@ def evaluate(
             **{k: with_interval(METRICS[k], v, resamples, sizes) for k, v in values.items()},
         }
 
-    def levels(rows: Predictions) -> dict[str, Any]:
+    def levels(rows: Predictions) -> Content:
         return {"image": level(rows), "study": level(pool_studies(rows, study_temperature))}
 
     parts = np.unique(images.body_part).tolist()
@@ -3183,8 +3180,8 @@ def compare(
 
 
 def fit_temperature(
-    logits: Floats, label: npt.NDArray[Any], patient: npt.NDArray[Any],
-    views: npt.NDArray[np.intp] | float = math.inf,
+    logits: Floats, label: Array, patient: Array,
+    views: Array | float = math.inf,
 ) -> float:
     """Return the temperature T of logits of images (arXiv 1706.04599) or of means of views, or 1.0.
 
@@ -3206,7 +3203,7 @@ def fit_temperature(
     return likeliest_temperature(wrong, views) if pays else 1.0
 
 
-def likeliest_temperature(wrong: Floats, views: npt.NDArray[Any]) -> float:
+def likeliest_temperature(wrong: Floats, views: Array) -> float:
     """Return the T of TEMPERATURES of least log loss, log(1 + exp(wrong / divisor))."""
     losses = [np.logaddexp(0, wrong / study_divisor(t, views)).mean() for t in TEMPERATURES]
     return float(TEMPERATURES[np.argmin(losses)])
@@ -3346,7 +3343,7 @@ def class_weights(records: Sequence[ImageRecord]) -> dict[str, tuple[float, floa
 
 def image_weights(
     records: Sequence[ImageRecord], weights: Mapping[str, tuple[float, float]]
-) -> npt.NDArray[np.float32]:
+) -> Array:
     """Return each image's weight in the loss, (N,); 1 where a body part has no training image."""
     found = [weights.get(record.body_part, (1, 1))[record.label] for record in records]
     return np.array(found, np.float32)
@@ -3497,7 +3494,7 @@ class Trainer:
                 bar.update(note=self.progress_note())
                 self.pause(stopping)
 
-    def train_step(self, number: int, batch: np.ndarray, pixels: Tensor) -> bool:
+    def train_step(self, number: int, batch: Array, pixels: Tensor) -> bool:
         """Take one optimiser step; returns whether a signal has come to any process.
 
         Args:
@@ -3592,7 +3589,7 @@ class Trainer:
             self.distributed.wait()  # torchrun ends all when the first leaves
             raise Stopped(self.signals.signum or signal.SIGTERM)
 
-    def validate(self) -> npt.NDArray[np.float64]:
+    def validate(self) -> Floats:
         """Recompute BatchNorm statistics and return the logits of val, (N,)."""
         count = min(self.config.precise_bn, len(self.train_set))
         with Progress(count + len(self.val_set), "validation") as bar:
@@ -3646,7 +3643,7 @@ class Trainer:
             config.checkpoint[0], self.network, self.normalization, cache.size, config.resize, tta,
             **calibration)
 
-    def end_epoch(self, logits: np.ndarray) -> None:
+    def end_epoch(self, logits: Array) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
         state = self.state
         row = self.history_row(logits)
@@ -3668,7 +3665,7 @@ class Trainer:
             atomic_write(self.config.file(".history.png"), picture)
         self.save_state()
 
-    def history_row(self, logits: np.ndarray) -> dict[str, float | None]:
+    def history_row(self, logits: Array) -> dict[str, float | None]:
         """Return an epoch's row: loss and accuracy per image, AUROC and kappa per study, at 0.5."""
         state, labels = self.state, torch.from_numpy(self.val_set.labels).float()
         loss = weighted_loss(torch.from_numpy(logits), labels, torch.from_numpy(self.val_weights))
@@ -3686,7 +3683,7 @@ class Trainer:
             "seconds": state.seconds + self.validation_seconds,
         }
 
-    def save_model(self, logits: np.ndarray) -> None:
+    def save_model(self, logits: Array) -> None:
         """Write STEM.pth, with temperatures and threshold found on val."""
         labels, records = self.val_set.labels, self.val_set.records
         temperature = fit_temperature(logits, labels, np.array([r.patient for r in records]))
@@ -3710,7 +3707,7 @@ class Trainer:
             "state_dict": self.network.state_dict(),
         })
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Content:
         """Return the options that decide what is learnt, and a digest of the data."""
         chosen = {name: getattr(self.config, name) for name in LEARNT}
         return chosen | {"tasks": list(self.config.tasks), "data": self.data_digest}
@@ -3855,7 +3852,7 @@ def new_figure(**style: Any) -> Any:
 def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     """Return a figure as the content of a file of that suffix."""
     file, kind = io.BytesIO(), suffix.lower()[1:]
-    mark: dict[str, Any] = {"metadata": {"Software" if kind == "png" else "Creator": PROGRAM}}
+    mark: Content = {"metadata": {"Software" if kind == "png" else "Creator": PROGRAM}}
     if kind == "jpg":
         mark = {"pil_kwargs": {"comment": PROGRAM.encode()}}
     with warnings.catch_warnings():
@@ -3896,7 +3893,7 @@ def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int)
         return save_figure(figure)
 
 
-def metric_points(metric: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+def metric_points(metric: Mapping[str, Any]) -> Floats:
     """Return value, low and high (3,), NaN where undefined."""
     return np.array([metric[key] for key in ("value", "low", "high")], float)
 
@@ -3907,7 +3904,7 @@ def draw_point(axes: Any, x: Any, y: Any, **style: Any) -> None:
     axes.plot(x[1:], y[[0, 0]], x[[0, 0]], y[1:], color=point.get_color())
 
 
-def wilson_interval(positives: int, count: int) -> npt.NDArray[np.float64]:
+def wilson_interval(positives: int, count: int) -> Floats:
     """Return a fraction and the ends of its 95 % interval (3,) (Wilson 1927)."""
     z2 = 1.96**2
     half = math.sqrt(z2 * (positives * (count - positives) / count + z2 / 4))
@@ -4515,7 +4512,7 @@ class ViewResult:
     warnings: tuple[str, ...] = ()
 
     @property
-    def heatmap(self) -> npt.NDArray[np.float32]:
+    def heatmap(self) -> Array:
         """The heatmap at the original's pixels, (H, W)."""
         return resize_map(self.cam, *self.pixels.shape)
 
@@ -4549,7 +4546,7 @@ class StudyResult:
         return self.probability if self.label == "abnormal" else 1 - self.probability
 
     @property
-    def heatmaps(self) -> list[npt.NDArray[np.float32]]:
+    def heatmaps(self) -> list[Array]:
         """The heatmap of each readable view, (H, W)."""
         return [view.heatmap for view in self.readable]
 
@@ -4574,7 +4571,7 @@ class StudyResult:
         return figure
 
 
-def heat_scale(heatmaps: Iterable[npt.NDArray[Any]]) -> float:
+def heat_scale(heatmaps: Iterable[Array]) -> float:
     """Return the top of the colour scale, so that faint heat stays faint."""
     return max([FAINT_HEAT, *(float(heatmap.max()) for heatmap in heatmaps)])
 
@@ -4997,7 +4994,7 @@ def to_pt2(program: Any, about: Mapping[str, str]) -> bytes:
     return content.getvalue()
 
 
-def run_pt2(content: bytes, images: Tensor) -> np.ndarray:
+def run_pt2(content: bytes, images: Tensor) -> Array:
     """Return the probabilities (B,) of a .pt2 file."""
     return np.asarray(torch.export.load(io.BytesIO(content)).module()(images))
 
@@ -5018,7 +5015,7 @@ def to_onnx(program: Any, about: Mapping[str, str]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def run_onnx(content: bytes, images: Tensor) -> np.ndarray:
+def run_onnx(content: bytes, images: Tensor) -> Array:
     """Return the probabilities (B,) of an .onnx file."""
     import onnxruntime
 
@@ -5268,7 +5265,7 @@ def train_and_test(
 # ===== 11 phantoms ==========================================================================
 
 Rng = np.random.Generator
-Field = npt.NDArray[Any]  # (H, W), a value for each pixel
+Field = Array  # (H, W), a value for each pixel
 PHANTOM_LIST = "phantoms.csv"  # its presence tells a folder of phantoms from one of radiographs
 PHANTOM_BONES = {
     # Rows of bones from top to bottom: count, half width, lower end; unit: half the image height.
