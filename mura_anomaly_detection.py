@@ -67,7 +67,7 @@ PAPER_RECIPE: Content = {  # arXiv 1712.06957, section 3.1; Adam is AdamW withou
 }
 DEMO_DEFAULTS: Content = {  # random weights: with 2 epochs one of 3 seeds did not learn
     "weights": "none", "resize": "letterbox", "normalization": "image", "image_size": 96,
-    "lr": 1e-3, "epochs": 3,
+    "lr": 1e-3, "epochs": 4,
 }
 HINTS = {  # for flags that people try
     "--train": "training is what happens without --evaluate, --predict, --export or --demo",
@@ -2269,6 +2269,18 @@ class Architecture:
     stages: tuple[Stage, ...]
 
 
+def build_densenet169() -> Any:
+    """Return torchvision's DenseNet-169 (arXiv 1608.06993) whose pools round up.
+
+    So it sees the border, too, where the side is no multiple of 32; else nothing changes.
+    """
+    network = torchvision.models.densenet169()
+    for module in network.modules():
+        if isinstance(module, nn.AvgPool2d):
+            module.ceil_mode = True
+    return network
+
+
 def build_resnet50() -> Any:
     """Return torchvision's ResNet-50 (arXiv 1512.03385), each residual branch starting at zero."""
     return torchvision.models.resnet50(zero_init_residual=True)
@@ -2277,8 +2289,8 @@ def build_resnet50() -> Any:
 # A cell's centre follows from strides and padding: 0, 2, 6, 14 in DenseNet-169. In ResNet-50 it
 # is 0, but what cells see lies 1 to 5 px right of and below it, measured with ImageNet weights.
 ARCHITECTURES = {
-    "densenet169": Architecture(  # arXiv 1608.06993; relu0 stands for torchvision's functional ReLU
-        torchvision.models.densenet169, "features", "classifier", (
+    "densenet169": Architecture(  # relu0 stands for torchvision's functional ReLU
+        build_densenet169, "features", "classifier", (
             Stage("conv0 norm0 relu0 pool0 denseblock1 transition1.norm transition1.relu", 4, 0),
             Stage("transition1.conv transition1.pool denseblock2 transition2.norm "
                   "transition2.relu", 8, 2),
@@ -2528,7 +2540,7 @@ class CamMethod:
 
 CAM_METHODS = {
     "fine": CamMethod(
-        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam)),
+        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (2, grad_cam), (3, grad_cam)),
         "peak: log odds above the threshold", fused=True),
     "gradcam": CamMethod(((3, grad_cam),), "logits"),
 }
@@ -2536,17 +2548,19 @@ CAM_METHODS = {
 
 def stage_maps(
     network: Network, images: Tensor, method: CamMethod, sign: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return logits (B,) and the map (B, h, w) of each term of a method, from one backward pass.
+) -> tuple[Tensor, Tensor]:
+    """Return logits (B,) and the map of each term of a method on the pixels, (terms, B, S, S).
+
+    One backward pass, back to the method's finest stage and no further, and not to weights.
 
     Args:
         network: in evaluation mode.
         images: normalised, (B, 3, S, S).
-        method: gradients are taken back to its finest stage and no further, and none of weights.
+        method: of CAM_METHODS.
         sign: (B,), 1 where "abnormal" is explained and -1 where "normal" is.
     """
-    stages = network.architecture.stages
-    first = min(stage for stage, _ in method.terms)
+    stages, side = network.architecture.stages, images.shape[-1]
+    first = min(index for index, _ in method.terms)
     activations = images
     with torch.no_grad():
         for stage in stages[: first + 1]:
@@ -2557,51 +2571,50 @@ def stage_maps(
             outputs.append(network.run_stage(stage, outputs[-1]))
         logits = network.classify(outputs[-1])
         gradients = torch.autograd.grad((sign * logits).sum(), outputs)
-    maps = [rule(outputs[index - first].detach().float(), gradients[index - first].float())
-            for index, rule in method.terms]
-    return logits.detach(), maps
+    maps = []
+    for index, rule in method.terms:
+        found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
+        maps.append(enlarge(found, side, stages[index] if method.fused else None))
+    return logits.detach(), torch.stack(maps)
 
 
-def cell_weights(positions: Tensor, count: int, spread: float) -> Tensor:
-    """Return the weights (P, count) of cells at positions in cells: a Gaussian of that spread.
+def enlarge(maps: Tensor, side: int, stage: Stage | None = None) -> Tensor:
+    """Return maps (B, h, w) on the input's pixels, (B, side, side).
 
-    Smooth, never negative and adding up to 1; beyond the outer cells the map stays as it is.
+    With a stage each cell is spread around its place by a Gaussian of 0.6 cells, but of at least
+    1/56 of the side, as finer heat is grain; without, bilinearly and as if cells covered the image.
     """
-    cells = torch.arange(count, device=positions.device)
-    distance = positions.clamp(0, count - 1)[:, None] - cells
-    return (-0.5 * (distance / spread) ** 2).softmax(1)
-
-
-def enlarge(maps: Tensor, side: int, stage: Stage) -> Tensor:
-    """Return a stage's maps (B, h, w) on the input's pixels (B, side, side), cells in place.
-
-    The Gaussian is of 0.6 cells, but at least 1/56 of the side: finer heat is grain.
-    """
+    if not stage:
+        return functional.interpolate(maps[:, None], (side, side), mode="bilinear")[:, 0]
     positions = (torch.arange(side, device=maps.device) - stage.offset) / stage.stride
     spread = max(0.6, side / 56 / stage.stride)
-    rows, columns = (cell_weights(positions, count, spread) for count in maps.shape[1:])
+    weights = []
+    for count in maps.shape[1:]:  # beyond the outer cells the map stays as it is
+        cells = torch.arange(count, device=maps.device)
+        distance = positions.clamp(0, count - 1)[:, None] - cells
+        weights.append((-0.5 * (distance / spread) ** 2).softmax(1))
+    rows, columns = weights
     return rows @ maps @ columns.T
 
 
 def peak_of_one(maps: Tensor) -> Tensor:
-    """Return maps (B, H, W) >= 0 scaled to a maximum of 1; zeros, and what is not finite, are 0."""
+    """Return maps (..., H, W) >= 0 scaled to a maximum of 1; zeros and non-finite values are 0."""
     maps = maps.nan_to_num(0, 0, 0)
-    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)
+    return maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-30)
 
 
 def class_activation_map(
-    network: Network, images: Tensor, method: CamMethod, sign: Tensor
+    network: Network, images: Tensor, method: CamMethod, sign: Tensor, *, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return logits (B,) and heatmaps (B, S, S) of images (B, 3, S, S); see `stage_maps`."""
+    """Return logits (B,) and heatmaps (B, S, S) of images (B, 3, S, S); see `stage_maps`.
+
+    With `tta` logits and terms are the means of those of the images and of their horizontal flips.
+    """
     logits, maps = stage_maps(network, images, method, sign)
-    side = images.shape[-1]
-    if not method.fused:
-        return logits, functional.interpolate(maps[0][:, None], (side, side), mode="bilinear")[:, 0]
-    product = torch.ones_like(images[:, 0], dtype=torch.float32)
-    for (index, _), found in zip(method.terms, maps, strict=True):
-        stage = network.architecture.stages[index]
-        product = product * peak_of_one(enlarge(found, side, stage))
-    return logits, peak_of_one(product)
+    if tta:
+        flipped_logits, flipped = stage_maps(network, images.flip(3), method, sign)
+        logits, maps = (logits + flipped_logits) / 2, (maps + flipped.flip(3)) / 2
+    return logits, peak_of_one(peak_of_one(maps).prod(0)) if method.fused else maps[0]
 
 
 def resize_map(heat: Array, height: int, width: int) -> Array:
@@ -2729,12 +2742,9 @@ class Ensemble:
         rows, maps = [], []
         for model, batch in zip(self.models, images, strict=True):
             inputs = model.normalization(to_unit(batch))
-            explain = partial(class_activation_map, model.network, method=method, sign=sign)
             with self.hardware.autocast():
-                logits, heat = explain(inputs)
-                if model.tta:
-                    flipped_logits, flipped = explain(inputs.flip(3))
-                    logits, heat = (logits + flipped_logits) / 2, (heat + flipped.flip(2)) / 2
+                logits, heat = class_activation_map(
+                    model.network, inputs, method, sign, tta=model.tta)
             rows.append(logits)
             maps.append(heat * sign[:, None, None] / (1 if method.fused else model.temperature))
         return torch.stack(rows), maps
