@@ -5272,7 +5272,7 @@ def train_and_test(
 
 
 
-# ===== 11 phantoms ==========================================================================
+# ===== 11 phantoms and demo =======================================================================
 
 Rng = np.random.Generator
 Field = Array  # (H, W), a value for each pixel
@@ -5333,13 +5333,8 @@ def _hardware(rng: Rng, along: Field, across: Field) -> Change:
     return Change(metal=5 * (plate | screws) * (np.abs(along) < half_length))
 
 
-LESIONS = {
-    # Each gets the distances along and across the bone from the middle of the lesion, in half
-    # widths of the bone.
-    "fracture": _fracture,
-    "lytic": _lytic,
-    "hardware": _hardware,
-}
+# Each gets the distances along and across the bone from the middle of the lesion, in half widths.
+LESIONS = {"fracture": _fracture, "lytic": _lytic, "hardware": _hardware}
 
 
 def _place_bones(rng: Rng, body_part: str) -> list[Bone]:
@@ -5394,17 +5389,10 @@ def _expose(rng: Rng, attenuation: Field) -> Image.Image:
 
 def draw_phantom(
     rng: Rng, size: int = 256, body_part: str = "XR_FOREARM", kind: str = ""
-) -> tuple[Field, Box | None]:
-    """Draw a phantom radiograph; with an equal `rng`, images differ in the lesion alone.
+) -> tuple[Pixels, Box | None]:
+    """Return a phantom radiograph of `size` rows, and the box of its lesion, if it has one.
 
-    Args:
-        rng: decides all that the other arguments leave open.
-        size: height in pixels; the width is 0.72 to 0.9 of it.
-        body_part: a key of PHANTOM_BONES.
-        kind: a key of LESIONS, or empty for a normal image.
-
-    Returns:
-        The image (H, W) uint8, and the box of its lesion, if there is one.
+    With an equal `rng` images differ in the lesion alone; `kind` is a key of LESIONS, or "".
     """
     limb_rng, lesion_rng = rng.spawn(2)
     width = int(size * limb_rng.uniform(0.72, 0.9))
@@ -5451,25 +5439,13 @@ def _write_phantom(folder: Path, size: int, seed: int, path: str, kind: str) -> 
 
 
 def write_phantoms(
-    folder: Path,
-    train: int,
-    valid: int,
-    parts: Sequence[str] = tuple(PHANTOM_BONES),
-    seed: int = 0,
-    size: int = 256,
+    folder: Path, train: int, valid: int, parts: Sequence[str] = tuple(PHANTOM_BONES),
+    seed: int = 0, size: int = 256,
 ) -> Path:
-    """Write a data set of phantoms in MURA's layout, and where their lesions are.
+    """Write phantoms, `size` pixels high, in MURA's layout; returns the new folder MURA-v1.1.
 
-    Args:
-        folder: gets the folder MURA-v1.1.
-        train: studies of each body part in train/; half of them are abnormal.
-        valid: the same for valid/.
-        parts: body parts, keys of PHANTOM_BONES.
-        seed: decides all images.
-        size: height of the images in pixels.
-
-    Returns:
-        The folder MURA-v1.1, with MURA's four lists and PHANTOM_LIST (see read_lesion_boxes).
+    It holds so many studies of each body part in train/ and valid/, half of them abnormal, MURA's
+    four lists, and PHANTOM_LIST, which says where lesions are (see read_lesion_boxes).
     """
     root = folder / "MURA-v1.1"
     root.mkdir(parents=True, exist_ok=True)
@@ -5498,12 +5474,16 @@ def read_lesion_boxes(root: Path) -> dict[Path, Box]:
             if "/valid/" in path:
                 boxes[root.parent / path] = int(left), int(top), int(right), int(bottom)
     return boxes
+
+
+# ---- demo ----
+
 DEMO_STUDIES = (136, 36)  # of train and valid, of each body part
 DEMO_PARTS = ("XR_FOREARM", "XR_HUMERUS")
 
 
 def pointing_game(
-    results: Sequence[StudyResult], boxes: Mapping[Path, tuple[int, int, int, int]]
+    results: Sequence[StudyResult], boxes: Mapping[Path, Box]
 ) -> str:
     """Return how often the heatmap peaks in the lesion's box, and how much of it lies there.
 
