@@ -2402,15 +2402,9 @@ def auto_precision(device: torch.device) -> str:
     if device.type == "cuda":
         capability, _ = torch.cuda.get_device_capability(device)  # tensor cores from 7 on
         return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
-    # measured: without AMX bf16 is slower than fp32, also with avx512_bf16
-    return "bf16" if device.type == "cpu" and cpu_has_amx() else "fp32"
-
-
-def cpu_has_amx() -> bool:
-    """Return whether the CPU multiplies tiles of bfloat16 in hardware; False where unknown."""
-    with contextlib.suppress(OSError):
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(errors="replace").split()
-    return False
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    has_amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
+    return "bf16" if device.type == "cpu" and has_amx else "fp32"  # slower without AMX: measured
 
 
 CamRule = Callable[[Tensor, Tensor], Tensor]  # activations, gradients (B, C, h, w): (B, h, w) >= 0
@@ -3214,10 +3208,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     ])
 # ===== 8 training =================================================================================
 
-SELECTION = {  # --select: column of the history, and whether more (1) or less (-1) is better
-    "accuracy": ("val_accuracy", 1), "auroc": ("val_auroc", 1), "kappa": ("val_kappa", 1),
-    "loss": ("val_loss", -1),
-}
+SELECTION = {"accuracy": 1, "auroc": 1, "kappa": 1, "loss": -1}  # of --select: is more better?
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
 Row = dict[str, float]  # of STEM.history.csv; an undefined metric is NaN
@@ -3276,9 +3267,9 @@ def poly_factor(step: int, total: int, warmup: float) -> float:
 
 def best_epoch(history: Sequence[Row], select: str) -> int:
     """Return the best epoch by --select, from 1; of equal ones the lower loss, then the first."""
-    column, sign = SELECTION[select]
-    ranks = [(np.nan_to_num(sign * row[column], nan=-math.inf), -row["val_loss"])
-             for row in history]
+    metrics = [SELECTION[select] * row[f"val_{select}"] for row in history]
+    losses = [-row["val_loss"] for row in history]
+    ranks = list(zip(np.nan_to_num(metrics, nan=-math.inf), losses, strict=True))
     return ranks.index(max(ranks)) + 1
 
 
@@ -3563,11 +3554,10 @@ class Trainer:
             temperature=temperature, study_temperature=study_temperature,
             threshold=float(threshold), threshold_source=source)
         self.state.model_digest = write_checkpoint(model.path, {
-            "kind": "model", "model": self.network.name, "classes": CLASSES,
+            "kind": "model", "model": self.network.name,
             **{name: getattr(model, name) for name in STORED},
             "normalization": asdict(self.normalization), "settings": self.settings,
-            "epoch": self.state.epoch, "history": self.state.history,
-            "state_dict": self.network.state_dict(),
+            "epoch": self.state.epoch, "state_dict": self.network.state_dict(),
         })
 
     def save_state(self) -> None:

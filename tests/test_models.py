@@ -620,7 +620,8 @@ def test_auto_precision_is_what_the_hardware_gains_from(
     device: str, capability: int, amx: bool, tf32_restored: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, cuda=1, mps=True, capability=capability)
-    monkeypatch.setattr(mura, "cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags\t: sse2 {'amx_bf16' * amx} avx512_bf16\n")
     expected = AUTO[device, capability, amx]
     found = mura.choose_precision(torch.device(device), "auto")
     assert found.precision == expected and found.device.type == device
@@ -655,14 +656,9 @@ def test_tf32_is_on_only_when_asked_for(tf32_restored: None, monkeypatch: pytest
         assert f"--precision tf32: needs a CUDA device, this is {device}" in line
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("fpu sse2 avx512_bf16 avx512f", False),  # measured: slower than fp32
-    ("fpu amx_bf16 amx_tile", True), ("fpu xamx_bf16 amx_bf16x", False), ("", False),
-])
-def test_amx_is_read_from_cpuinfo(flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n"
-    monkeypatch.setattr(Path, "read_text", lambda path, **options: text)
-    assert mura.cpu_has_amx() is expected
+def test_where_cpuinfo_is_absent_precision_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert mura.choose_precision(torch.device("cpu"), "auto").precision == "fp32"
 
 
 def test_channels_last_is_the_order_of_the_weights(thin: None) -> None:
