@@ -2350,11 +2350,11 @@ class DevicePrecision:
 
     device: torch.device
     precision: str  # bf16 and fp16 are of convolutions and products only, the loss stays in fp32
+    order: torch.memory_format = torch.contiguous_format
 
     def prepare(self, network: Network) -> Network:
-        """Return the network on the device, in its faster memory order."""
-        order = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
-        return network.to(self.device).to(memory_format=order)
+        """Return the network on the device, in the memory order of choice."""
+        return network.to(self.device).to(memory_format=self.order)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network is to be called."""
@@ -2368,7 +2368,7 @@ class DevicePrecision:
         return f"{self.device} ({name}), {self.precision}"
 
 
-CPU = DevicePrecision(torch.device("cpu"), "fp32")
+CPU = DevicePrecision(torch.device("cpu"), "fp32")  # for --export, which wants plain order
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -2394,7 +2394,8 @@ def choose_precision(device: torch.device, precision: str) -> DevicePrecision:
     elif precision == "tf32":
         raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto "
                         "or fp32")
-    return DevicePrecision(device, precision)
+    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return DevicePrecision(device, precision, order)
 
 
 def auto_precision(device: torch.device) -> str:

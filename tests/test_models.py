@@ -625,6 +625,7 @@ def test_auto_precision_is_what_the_hardware_gains_from(
     expected = AUTO[device, capability, amx]
     found = mura.choose_precision(torch.device(device), "auto")
     assert found.precision == expected and found.device.type == device
+    assert (found.order == torch.channels_last) is (device != "mps")
     name = "Tesla T4" if device == "cuda" else f"{torch.get_num_threads()} threads"
     assert str(found) == f"{found.device} ({name}), {expected}"
 
@@ -665,6 +666,7 @@ def test_channels_last_is_the_order_of_the_weights(thin: None) -> None:
     hardware = mura.choose_precision(torch.device("cpu"), "fp32")
     weight = hardware.prepare(mura.Network("resnet50")).backbone.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert mura.CPU.prepare(mura.Network("resnet50")).backbone.conv1.weight.is_contiguous()
 
 
 # ----- class activation maps against pytorch-grad-cam
