@@ -494,7 +494,6 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -2068,52 +2067,34 @@ def find_duplicates(datasets: Mapping[str, MuraDataset]) -> tuple[list[str], dic
 
 
 def random_stream(name: str, *key: int) -> np.random.Generator:
-    """Return the random numbers of one purpose: they follow from its name and key alone.
-
-    So a resumed run repeats them, and a new augmentation leaves those of the others as they are.
-    """
+    """Return the random numbers of one purpose; they follow from name and key, also on --resume."""
     return np.random.default_rng([zlib.crc32(name.encode()), *key])
 
 
+def split_batches(indices: Array, batch_size: int) -> list[Array]:
+    """Return indices in batches of at most this size, whose sizes differ by one at most."""
+    return np.array_split(indices, -(-len(indices) // batch_size))
+
+
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Array]:
-    """Return 0..count-1 shuffled for an epoch, in batches whose sizes differ by one at most.
+    """Return 0..count-1 shuffled for an epoch, in batches.
 
     >>> [len(batch) for batch in epoch_batches(10, 4, seed=0, epoch=0)]
     [4, 3, 3]
     """
-    order = random_stream("order", seed, epoch).permutation(count)
-    return np.array_split(order, -(-count // batch_size))
+    return split_batches(random_stream("order", seed, epoch).permutation(count), batch_size)
 
 
-class BatchLoader:
-    """Brings batches of images to the device, from its memory where the data set fits there.
+def load_batches(
+    dataset: MuraDataset, batches: Sequence[Array], device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the images of each batch of indices, (B, 1, S, S) uint8; a thread reads two ahead."""
+    def gather(indices: Array) -> Tensor:
+        images = dataset.batch(indices)
+        return images.pin_memory() if device.type == "cuda" else images
 
-    On CUDA a data set that takes at most an eighth of the free memory is copied there once:
-    activations and gradients need theirs. Otherwise a thread gathers batches two ahead.
-    """
-
-    def __init__(self, dataset: MuraDataset, device: torch.device) -> None:
-        self.dataset, self.device = dataset, device
-        self.resident: Tensor | None = None
-        if device.type == "cuda" and len(dataset):
-            size = dataset.batch(np.zeros(1, int)).numel() * len(dataset)
-            if size <= torch.cuda.mem_get_info(device)[0] // 8:
-                blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024))
-                self.resident = torch.cat([dataset.batch(block).to(device) for block in blocks])
-
-    def __call__(self, batches: Sequence[Array]) -> Iterator[Tensor]:
-        """Yield the images of each batch of indices, (B, 1, S, S) uint8, on the device."""
-        if self.resident is not None:
-            for indices in batches:
-                yield self.resident[torch.from_numpy(indices).to(self.device, non_blocking=True)]
-            return
-        for images in map_ahead(self.gather, batches, workers=1, ahead=2):
-            yield images.to(self.device, non_blocking=True)
-
-    def gather(self, indices: Array) -> Tensor:
-        """Return a batch in host memory, pinned for CUDA."""
-        images = self.dataset.batch(indices)
-        return images.pin_memory() if self.device.type == "cuda" else images
+    for images in map_ahead(gather, batches, workers=1, ahead=2):
+        yield images.to(device, non_blocking=True)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -2121,19 +2102,12 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """A random change of an image; the flag of its name in Config is its strength.
+class Augmentation(NamedTuple):
+    """A random change of an image; the flag of its name in Config is its strength."""
 
-    Attributes:
-        draw: (uniform numbers in [0, 1) of shape (B,), strength) to the parameters (B,).
-        warp: parameters to 2 x 2 matrices (B, 2, 2) from output to input coordinates.
-        adjust: (images (B, 1, S, S), parameters (B, 1, 1, 1)) to images.
-    """
-
-    draw: Callable[[Array, float], Array]
-    warp: Callable[[Tensor], Tensor] | None = None
-    adjust: Callable[[Tensor, Tensor], Tensor] | None = None
+    draw: Callable[[Array, float], Array]  # uniform in [0, 1) (B,), strength: parameters (B,)
+    warp: Callable[[Tensor], Tensor] | None = None  # parameters: (B, 2, 2), from output to input
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None  # images, parameters (B, 1, 1, 1)
 
 
 def symmetric(uniform: Array, strength: float) -> Array:
@@ -2143,8 +2117,7 @@ def symmetric(uniform: Array, strength: float) -> Array:
 
 def flip_matrix(sign: Tensor) -> Tensor:
     """Return matrices that mirror left and right where the sign is -1."""
-    zero = torch.zeros_like(sign)
-    return torch.stack([sign, zero, zero, torch.ones_like(sign)], 1).view(-1, 2, 2)
+    return torch.diag_embed(torch.stack([sign, torch.ones_like(sign)], 1))
 
 
 def rotation_matrix(degrees: Tensor) -> Tensor:
@@ -2163,7 +2136,7 @@ AUGMENTATIONS = {  # in the order in which they are applied; each has a flag of 
     "hflip": Augmentation(lambda uniform, p: np.where(uniform < p, -1.0, 1.0), warp=flip_matrix),
     "rotation": Augmentation(symmetric, warp=rotation_matrix),
     "contrast": Augmentation(symmetric, adjust=change_contrast),
-    "brightness": Augmentation(symmetric, adjust=lambda images, shift: images + shift),
+    "brightness": Augmentation(symmetric, adjust=torch.add),
 }
 
 
@@ -2177,26 +2150,18 @@ def draw_augmentation(config: Config, count: int, epoch: int, batch: int) -> Ten
 
 
 def augment(images: Tensor, parameters: Tensor) -> Tensor:
-    """Return a batch with each image augmented by its own parameters, all in one interpolation.
-
-    Args:
-        images: (B, 1, S, S) float, 0 to 1.
-        parameters: from `draw_augmentation`, on the same device.
-
-    Returns:
-        (B, 1, S, S) float, 0 to 1; black where a rotation uncovers what was outside.
-    """
-    warp = torch.eye(2, device=images.device).expand(len(images), 2, 2)
-    columns = dict(zip(AUGMENTATIONS, parameters.unbind(1), strict=True))
-    for name, augmentation in AUGMENTATIONS.items():
+    """Return images (B, 1, S, S), 0 to 1, each augmented by its row of `draw_augmentation`."""
+    matrix = torch.eye(2, device=images.device)
+    steps = list(zip(AUGMENTATIONS.values(), parameters.unbind(1), strict=True))
+    for augmentation, column in steps:
         if augmentation.warp:
-            warp = warp @ augmentation.warp(columns[name])  # from output to input
-    matrix = functional.pad(warp, (0, 1))  # no translation
+            matrix = matrix @ augmentation.warp(column)
+    matrix = functional.pad(matrix, (0, 1))  # no translation
     grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    images = functional.grid_sample(images, grid, align_corners=False)
-    for name, augmentation in AUGMENTATIONS.items():
+    images = functional.grid_sample(images, grid, align_corners=False)  # black outside
+    for augmentation, column in steps:
         if augmentation.adjust:
-            images = augmentation.adjust(images, columns[name].view(-1, 1, 1, 1))
+            images = augmentation.adjust(images, column.view(-1, 1, 1, 1))
     return images.clamp(0, 1)
 
 
@@ -2212,7 +2177,7 @@ def draw_mixup(config: Config, epoch: int, batch: int) -> float:
 class Normalization:
     """Grey levels (0 to 1) to network input: three equal channels, (x - mean) / std."""
 
-    kind: str  # imagenet, dataset, given; or image: by each image's own mean and deviation
+    kind: str  # --normalization; image is by each image's own mean and deviation
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, as in torchvision
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -2222,29 +2187,25 @@ class Normalization:
             std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
             scaled = (images - mean) / std.clamp(min=1 / 255)  # a blank image stays finite
             return scaled.expand(-1, 3, -1, -1)
-        constants = torch.tensor([self.mean, self.std], dtype=images.dtype).view(2, 1, 3, 1, 1)
-        mean, std = constants.to(images.device, non_blocking=True)
-        normalised: Tensor = (images - mean) / std
-        return normalised
+        constants = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1)
+        mean, std = constants.to(images, non_blocking=True)
+        return torch.div(images - mean, std)
 
 
 def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
     """Return that of --normalization; `dataset` measures up to 2,000 training images."""
     if kind in ("imagenet", "image"):
         return Normalization(kind)
-    if kind != "dataset":
-        mean, std = (float(part) for part in kind.split(","))
-        return Normalization("given", (mean,) * 3, (std,) * 3)
-    chosen = np.arange(len(dataset))[:: max(1, -(-len(dataset) // 2000))]
-    count = total = squares = 0.0
-    for block in np.array_split(chosen, -(-len(chosen) // 64)):
-        pixels = dataset.batch(block).double() / 255
-        count += pixels.numel()
-        total += pixels.sum().item()
-        squares += pixels.square().sum().item()
-    mean = total / count
-    std = max(math.sqrt(max(squares / count - mean**2, 0)), 1 / 255)
-    return Normalization("dataset", (mean,) * 3, (std,) * 3)
+    if kind == "dataset":
+        chosen = np.arange(len(dataset))[:: -(-len(dataset) // 2000)]
+        levels, counts = np.arange(256) / 255, np.zeros(256)
+        for batch in split_batches(chosen, 64):
+            counts += torch.bincount(dataset.batch(batch).flatten(), minlength=256).numpy()
+        mean = float(np.average(levels, weights=counts))
+        std = max(math.sqrt(np.average((levels - mean) ** 2, weights=counts)), 1 / 255)
+    else:
+        mean, std = map(float, kind.split(","))
+    return Normalization(kind, (mean,) * 3, (std,) * 3)
 
 
 # ===== 6 models ===================================================================================
@@ -2281,11 +2242,6 @@ def build_densenet169() -> Any:
     return network
 
 
-def build_resnet50() -> Any:
-    """Return torchvision's ResNet-50 (arXiv 1512.03385), each residual branch starting at zero."""
-    return torchvision.models.resnet50(zero_init_residual=True)
-
-
 # A cell's centre follows from strides and padding: 0, 2, 6, 14 in DenseNet-169. In ResNet-50 it
 # is 0, but what cells see lies 1 to 5 px right of and below it, measured with ImageNet weights.
 ARCHITECTURES = {
@@ -2298,8 +2254,8 @@ ARCHITECTURES = {
                   "transition3.relu", 16, 6),
             Stage("transition3.conv transition3.pool denseblock4 norm5 relu0", 32, 14),
         )),
-    "resnet50": Architecture(
-        build_resnet50, "", "fc", (
+    "resnet50": Architecture(  # arXiv 1512.03385; each residual branch starts at zero
+        partial(torchvision.models.resnet50, zero_init_residual=True), "", "fc", (
             Stage("conv1 bn1 relu maxpool layer1", 4, 1),
             Stage("layer2", 8, 3),
             Stage("layer3", 16, 4),
@@ -2309,11 +2265,7 @@ ARCHITECTURES = {
 
 
 class Network(nn.Module):
-    """A torchvision classifier cut into stages, then mean pooling and one linear unit; no hooks.
-
-    Args:
-        name: a key of ARCHITECTURES.
-    """
+    """A torchvision classifier cut into stages, then mean pooling and one linear unit; no hooks."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -2336,25 +2288,20 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B,), positive for abnormal, of normalised images (B, 3, S, S)."""
-        features = images
         for stage in self.architecture.stages:
-            features = self.run_stage(stage, features)
-        return self.classify(features)
+            images = self.run_stage(stage, images)
+        return self.classify(images)
 
 
 def imagenet_weights(name: str) -> Content:
-    """Return torchvision's ImageNet weights, from torch's hub folder where they are there already.
-
-    Raises:
-        UserError: no network; the message says which file to put where.
-    """
+    """Return torchvision's ImageNet weights; UserError without a network, with the remedy."""
     source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
     show = sys.stderr.isatty() and is_main_process()
     try:
         return dict(source.get_state_dict(progress=show, check_hash=True, weights_only=True))
     except Exception as error:  # urllib, socket, hash and file errors, all with the same remedy
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
+        reason, *_ = f"{type(error).__name__}: {error}".splitlines()
         raise UserError(
             f"the ImageNet weights of {name} are not available ({reason}); fetch {source.url} "
             f"elsewhere and put it at {file}, or give --weights FILE, or --weights none",
@@ -2362,13 +2309,10 @@ def imagenet_weights(name: str) -> Content:
 
 
 def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> None:
-    """Load the backbone from a state_dict of torchvision or timm; its classifier is left out.
+    """Load the backbone from a state_dict of torchvision or timm; UserError where it does not fit.
 
     Nesting as by Lightning ({"state_dict": ...}) and prefixes as by DataParallel ("module.") are
-    looked through.
-
-    Raises:
-        UserError: it is of another architecture, incomplete, or holds numbers that are not finite.
+    looked through; the classifier is left out.
     """
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content.get(key), Mapping):
@@ -2376,46 +2320,37 @@ def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> 
     # names in files from before torch 0.4 ("norm.1"), which torchvision still distributes
     dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
     given = {dotted.sub(r"\1\2", str(key)): value for key, value in content.items()}
-    prefix = find_prefix(given, network.architecture)
-    numbered = re.compile(r"(\D+\.)?0\.(\w+\.)?weight")
-    if prefix is None and any(numbered.fullmatch(key) for key in given):
-        raise UserError(f"--weights {source}: its layers are numbered, as in an nn.Sequential, so "
-                        f"it is not known which is which; save a {network.name}'s own state_dict")
-    wanted, found = network.backbone.state_dict(), {}
-    for key, value in wanted.items():
+    wanted = network.backbone.state_dict()
+    names = [f"{network.architecture.trunk}.{key}".strip(".") for key in wanted]
+    firsts = [key for key in given if f".{key}".endswith(f".{names[0]}")]
+    prefix = min(firsts, key=len, default="").removesuffix(names[0])
+    found = {}
+    for (key, value), name in zip(wanted.items(), names, strict=True):
         uncounted = value if key.endswith("num_batches_tracked") else None  # old files lack it
-        found[key] = given.get(f"{prefix}{key}", uncounted)
-    fits = [getattr(found[key], "shape", None) == value.shape for key, value in wanted.items()]
-    if not all(fits):
-        others = [name for name, other in ARCHITECTURES.items()
-                  if name != network.name and find_prefix(given, other) is not None]
-        looks = f"; it looks like a {others[0]}" if others else ""
-        raise UserError(
-            f"--weights {source}: does not fit {network.name} ({fits.count(False)} of {len(fits)} "
-            f"tensors are missing or of another shape){looks}; give weights of torchvision or timm")
+        found[key] = given.get(prefix + name, uncounted)
+    wrong = [key for key in wanted if getattr(found[key], "shape", None) != wanted[key].shape]
+    if wrong:
+        misfit = f"{len(wrong)} of {len(wanted)} tensors are missing or of another shape"
+        raise UserError(f"--weights {source}: {explain_misfit(network.name, given, misfit)}")
     require_finite(found, f"--weights {source}")
     network.backbone.load_state_dict(found)
 
 
-def find_prefix(given: Mapping[str, Any], architecture: Architecture) -> str | None:
-    """Return what stands before the names of the backbone's tensors; None: they are absent."""
-    trunk = f"{architecture.trunk}." if architecture.trunk else ""
-    firsts = [f"{trunk}{stage.layers.split()[0]}." for stage in architecture.stages]
-    for key in sorted(given, key=len):
-        before, found, _ = f".{key}".partition(f".{firsts[0]}")
-        prefix = f"{before}."[1:]
-        names = [prefix + first for first in firsts]
-        if found and all(any(k.startswith(name) for k in given) for name in names):
-            return prefix + trunk
-    return None
+def explain_misfit(name: str, given: Iterable[str], misfit: str) -> str:
+    """Return why tensors of these names are not a backbone's, and what to do about it."""
+    text = " ".join(f".{key}" for key in given)
+    alike = [other for other, architecture in ARCHITECTURES.items()
+             if all(f".{stage.layers.split()[0]}." in text for stage in architecture.stages)]
+    numbered = re.compile(r"(\D+\.)?0\.(\w+\.)?weight")
+    if not alike and any(numbered.fullmatch(key) for key in given):
+        return ("its layers are numbered, as in an nn.Sequential, so it is not known which is "
+                f"which; save a {name}'s own state_dict")
+    looks = f"; it looks like a {alike[0]}" if alike and name not in alike else ""
+    return f"does not fit {name} ({misfit}){looks}; give weights of torchvision or timm"
 
 
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
-    """Refuse weights that hold NaN or infinity.
-
-    Raises:
-        UserError: which tensor does.
-    """
+    """Refuse weights that hold NaN or infinity, in one line that names the tensor."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{source}: {name} holds numbers that are not finite; use another file")
@@ -2426,86 +2361,63 @@ class DevicePrecision:
     """Where and how a network is computed."""
 
     device: torch.device
-    dtype: torch.dtype  # of autocast: convolutions and products only, the loss stays in float32
-    channels_last: bool = False  # NHWC memory order
+    precision: str  # bf16 and fp16 are of convolutions and products only, the loss stays in fp32
+    order: torch.memory_format = torch.contiguous_format
 
     def prepare(self, network: Network) -> Network:
         """Return the network on the device, in the memory order of choice."""
-        order = torch.channels_last if self.channels_last else torch.contiguous_format
-        moved: Any = network
-        return moved.to(device=self.device, memory_format=order)  # type: ignore[no-any-return]
+        return network.to(self.device).to(memory_format=self.order)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network is to be called."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None)
 
     def __str__(self) -> str:
-        name, kind = f"{torch.get_num_threads()} threads", "fp32"
+        name = f"{torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            kind = "tf32" if torch.backends.cuda.matmul.allow_tf32 else kind
-        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        return f"{self.device} ({name}), {kinds.get(self.dtype, kind)}"
+        return f"{self.device} ({name}), {self.precision}"
 
 
-CPU = DevicePrecision(torch.device("cpu"), torch.float32)
+CPU = DevicePrecision(torch.device("cpu"), "fp32")  # for --export, which wants plain order
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device: CUDA, then MPS, then CPU for `auto`; each torchrun process has its own.
-
-    Raises:
-        UserError: the device asked for is not there.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    kind, _, number = name.partition(":")
-    index, count = int(number or local_rank), torch.cuda.device_count()
-    available = {"cuda": cuda and index < count, "mps": mps, "cpu": True}
-    if not available[kind]:
-        raise UserError(f"--device {name}: there is no such device here ({count} CUDA devices); "
+    """Return the device: CUDA, then MPS, then CPU for `auto`; each torchrun process has its own."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = [f"cuda:{index}" for index in range(cards)]
+    available += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    kind = available[0].removesuffix(":0") if name == "auto" else name
+    found = f"cuda:{local_rank}" if kind == "cuda" else kind
+    if found not in available:
+        raise UserError(f"--device {name}: there is no such device here ({cards} CUDA devices); "
                         "use --device auto or cpu")
-    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    return torch.device(found)
 
 
 def choose_precision(device: torch.device, precision: str) -> DevicePrecision:
-    """Return what pays on a device.
-
-    `auto` is bf16 on CUDA from compute capability 8 on and on CPUs with AMX, fp16 on older CUDA
-    cards (tensor cores from 7 on), else fp32: bf16 is slower than fp32 on CPUs without AMX.
-
-    Raises:
-        UserError: tf32 asked for where there is no CUDA device.
-    """
-    is_cuda = device.type == "cuda"
-    if precision == "tf32" and not is_cuda:
-        raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto "
-                        "or fp32")
-    if is_cuda:
+    """Return how a device is to compute; UserError where tf32 has no CUDA device."""
+    if precision == "auto":
+        precision = auto_precision(device)
+    if device.type == "cuda":
         use_tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use_tf32
-    if precision == "auto":
-        capability = torch.cuda.get_device_capability(device)[0] if is_cuda else 0
-        precision = auto_precision(device.type, capability)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return DevicePrecision(device, dtypes.get(precision, torch.float32), device.type != "mps")
+    elif precision == "tf32":
+        raise UserError(f"--precision tf32: needs a CUDA device, this is {device.type}; use auto "
+                        "or fp32")
+    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return DevicePrecision(device, precision, order)
 
 
-def auto_precision(device_type: str, capability: int) -> str:
-    """Return the precision of `auto` for a kind of device and its CUDA compute capability."""
-    if device_type == "cuda":
+def auto_precision(device: torch.device) -> str:
+    """Return the precision that a device gains from: half where it has units for it, else fp32."""
+    if device.type == "cuda":
+        capability, _ = torch.cuda.get_device_capability(device)  # tensor cores from 7 on
         return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
-    return "bf16" if device_type == "cpu" and cpu_has_amx() else "fp32"
-
-
-def cpu_has_amx() -> bool:
-    """Return whether the CPU multiplies tiles of bfloat16 in hardware; False where unknown."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        return bool(re.search(r"^flags[ \t]*:.*\bamx_bf16\b", text, re.MULTILINE))
-    return False
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    has_amx = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
+    return "bf16" if device.type == "cpu" and has_amx else "fp32"  # slower without AMX: measured
 
 
 CamRule = Callable[[Tensor, Tensor], Tensor]  # activations, gradients (B, C, h, w): (B, h, w) >= 0
@@ -2670,22 +2582,20 @@ class LoadedModel:
         return (logits + self.network(inputs.flip(3))) / 2 if self.tta else logits
 
 
-def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -> LoadedModel:
-    """Return a model of this program, ready to predict; `tta` overrules the model's own.
+STORED = (  # fields of LoadedModel that STEM.pth holds as they are
+    "image_size resize tta temperature study_temperature threshold threshold_source bad_images "
+    "body_parts patients").split()
 
-    Raises:
-        UserError: see `read_checkpoint`; or the file lacks something, or holds weights that are
-            not finite.
-    """
+
+def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -> LoadedModel:
+    """Return a model of this program, ready to predict; `tta` overrules the model's own."""
     content = read_checkpoint(path, "model")
-    names = ("image_size", "resize", "tta", "temperature", "study_temperature", "threshold",
-             "threshold_source", "bad_images", "body_parts", "patients")
     try:
         with torch.device("meta"):  # no time spent on random weights
             network = Network(content["model"])
         network.load_state_dict(content["state_dict"], assign=True)
         normalization = Normalization(**content["normalization"])
-        values = {name: content[name] for name in names}
+        values = {name: content[name] for name in STORED}
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: written by another version of this program "
                         f"({content.get('version')}); train again") from error
@@ -2696,18 +2606,15 @@ def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -
     return LoadedModel(path, network, normalization, **values, digest=file_digest(path))
 
 
+@dataclass(frozen=True)
 class Ensemble:
     """The one way from pixels to answers: one or more models, whose probabilities are averaged.
 
-    Validation, test, --evaluate, --predict, --export and the Python API all come through here.
-
-    Args:
-        models: their networks are on the device of `hardware`.
-        hardware: device and precision.
+    Validation, test, --evaluate, --predict and the Python API all come through here.
     """
 
-    def __init__(self, models: Sequence[LoadedModel], hardware: DevicePrecision) -> None:
-        self.models, self.hardware = tuple(models), hardware
+    models: Sequence[LoadedModel]  # their networks are on the device of `hardware`
+    hardware: DevicePrecision
 
     @property
     def study_temperature(self) -> float:
@@ -2715,11 +2622,7 @@ class Ensemble:
         return float(np.exp(np.mean([math.log(model.study_temperature) for model in self.models])))
 
     def logits(self, images: Sequence[Tensor]) -> Tensor:
-        """Return the logits (members, B) of a batch, on the device.
-
-        Args:
-            images: the same batch for each model, (B, 1, S, S) uint8 on the device.
-        """
+        """Return logits (members, B) of a batch, given for each model as (B, 1, S, S) uint8."""
         with torch.inference_mode(), self.hardware.autocast():
             pairs = zip(self.models, images, strict=True)
             return torch.stack([model.logits(to_unit(batch)) for model, batch in pairs])
@@ -2750,28 +2653,25 @@ class Ensemble:
         return torch.stack(rows), maps
 
     def predict_dataset(
-        self, loaders: Sequence[BatchLoader], batch_size: int, distributed: Distributed,
+        self, datasets: Sequence[MuraDataset], batch_size: int, distributed: Distributed,
         update: Callable[[int], object],
     ) -> Array:
-        """Return the logits (members, N) of a data set, each image once however many processes.
+        """Return the logits (members, N) of a data set, which each model has in its own size.
 
-        Args:
-            loaders: of the same images for each model.
-            batch_size: images at a time, over all processes.
-            distributed: batches are dealt out to its processes.
-            update: called with the number of images done.
+        `batch_size` images at a time are shared out to all processes; `update` is called with the
+        number of images that are done.
         """
-        count = len(loaders[0].dataset)
+        count, device = len(datasets[0]), self.hardware.device
         share = max(1, batch_size // distributed.world_size)
-        batches = np.array_split(np.arange(count), -(-count // share)) if count else []
+        batches = split_batches(np.arange(count), share)
         mine = batches[distributed.rank :: distributed.world_size]
         results: list[Tensor] = []
-        for images in zip(*(loader(mine) for loader in loaders), strict=True):
+        for images in zip(*(load_batches(d, mine, device) for d in datasets), strict=True):
             results.append(self.logits(images))
             update(len(images[0]))
         # fetched at the end: fetching makes the device wait
         found = distributed.gather([logits.cpu().double().numpy() for logits in results])
-        return np.concatenate([np.zeros((len(self.models), 0)), *found], axis=1)
+        return np.concatenate(found, axis=1)
 
 
 # ===== 7 metrics ==================================================================================
@@ -3319,44 +3219,40 @@ def format_report(report: Mapping[str, Any]) -> str:
     ])
 # ===== 8 training =================================================================================
 
-SELECTION = {  # --select: column of the history, and whether more (1) or less (-1) is better
-    "accuracy": ("val_accuracy", 1), "auroc": ("val_auroc", 1), "kappa": ("val_kappa", 1),
-    "loss": ("val_loss", -1),
-}
+SELECTION = {"accuracy": 1, "auroc": 1, "kappa": 1, "loss": -1}  # of --select: is more better?
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
+Row = dict[str, float]  # of STEM.history.csv; an undefined metric is NaN
 
 
-def class_weights(records: Sequence[ImageRecord]) -> dict[str, tuple[float, float]]:
-    """Return each body part's loss weights (normal, abnormal), twice those of the paper.
+def class_weights(records: Sequence[ImageRecord]) -> dict[tuple[str, int], float]:
+    """Return the loss weight of each body part and label, twice that of the paper.
 
-    With A abnormal and N normal training images of the part they are 2 A / (A + N) and
-    2 N / (A + N) (arXiv 1712.06957, section 3.1), so that the loss at chance is log 2 = 0.69.
-
-    Raises:
-        UserError: the images are all of one class.
+    With A abnormal and N normal training images of the part it is 2 A / (A + N) for normal and
+    2 N / (A + N) for abnormal (arXiv 1712.06957, section 3.1): the loss at chance is log 2 = 0.69.
     """
-    for label, name in enumerate(CLASSES):
-        if label not in {record.label for record in records}:
-            raise UserError(f"no training image is {name}; training needs both classes")
-    totals = Counter(record.body_part for record in records)
-    abnormal = Counter(record.body_part for record in records if record.label)
+    labels: defaultdict[str, list[int]] = defaultdict(list)
+    for record in records:
+        labels[record.body_part].append(record.label)
+    for label in {0, 1}.difference(*labels.values()):
+        raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     weights = {}
-    for part, total in totals.items():
-        share = abnormal[part] / total
+    for part, found in labels.items():
+        share = sum(found) / len(found)
+        weights[part, 0], weights[part, 1] = 2 * share, 2 * (1 - share)
         if share in (0, 1):
             warn(f"{part}: all training images are {CLASSES[int(share)]}, so they have no weight "
                  "in the loss; leave the body part out with --tasks")
-        weights[part] = (2 * share, 2 * (1 - share))
     return weights
 
 
-def image_weights(
-    records: Sequence[ImageRecord], weights: Mapping[str, tuple[float, float]]
-) -> Array:
-    """Return each image's weight in the loss, (N,); 1 where a body part has no training image."""
-    found = [weights.get(record.body_part, (1, 1))[record.label] for record in records]
-    return np.array(found, np.float32)
+def loss_targets(
+    records: Sequence[ImageRecord], weights: Mapping[tuple[str, int], float]
+) -> Tensor:
+    """Return labels and weights in the loss, (2, N); a body part that is not in train weighs 1."""
+    labels = [record.label for record in records]
+    found = [weights.get((record.body_part, record.label), 1) for record in records]
+    return torch.tensor([labels, found]).float()
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -3380,12 +3276,16 @@ def poly_factor(step: int, total: int, warmup: float) -> float:
     return (1 - min(1.0, (step - rise) / max(1, total - rise))) ** 2
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step; elsewhere do nothing.
+def best_epoch(history: Sequence[Row], select: str) -> int:
+    """Return the best epoch by --select, from 1; of equal ones the lower loss, then the first."""
+    metrics = [SELECTION[select] * row[f"val_{select}"] for row in history]
+    losses = [-row["val_loss"] for row in history]
+    ranks = list(zip(np.nan_to_num(metrics, nan=-math.inf), losses, strict=True))
+    return ranks.index(max(ranks)) + 1
 
-    By default the activations of each step go back to Linux, which has to clear them again: a sixth
-    of the CPU time of a step.
-    """
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: clearing activations again is a sixth of a step's CPU time."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):
@@ -3396,200 +3296,170 @@ def keep_freed_memory() -> None:
 class TrainState:
     """All that changes during training besides tensors, as plain values that a file can hold."""
 
-    epoch: int = 0  # epochs finished, validation included
+    history: list[Row] = field(default_factory=list)  # of the epochs finished, validation included
+    best_epoch: int = 0
+    model_digest: str = ""  # SHA-256 of STEM.pth
     batch: int = 0  # batches finished in the current epoch
     loss: float = 0.0  # sums over the current epoch's images
     correct: float = 0.0
-    seen: float = 0.0
+    seen: int = 0
     seconds: float = 0.0  # spent in the current epoch
-    lr: float = 0.0  # of the last step
-    best_epoch: int = 0
-    model_digest: str = ""  # SHA-256 of STEM.pth
-    history: list[dict[str, float | None]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """The number of epochs finished."""
+        return len(self.history)
 
 
+@dataclass
 class Trainer:
-    """A training run: the network, its optimiser, and the files of the run.
+    """A training run: the network, its optimiser, and the files of the run."""
 
-    Args:
-        config: the hyper-parameters.
-        network: with its initial weights.
-        train: training images.
-        val: validation images.
-        hardware: device and precision.
-        distributed: this and the other processes; a batch is shared among them.
-        signals: SIGINT and SIGTERM stop the run between two batches.
-        facts: what else is to be stored with the model (patients, body parts, ...).
-    """
+    config: Config
+    network: Network  # with its initial weights
+    train_set: MuraDataset
+    val_set: MuraDataset
+    hardware: DevicePrecision
+    distributed: Distributed  # the processes that share each batch
+    signals: StopSignals  # SIGINT and SIGTERM stop the run between two batches
+    facts: Content  # stored with the model: patients, body parts, number of bad images
 
-    def __init__(
-        self, config: Config, network: Network, train: MuraDataset, val: MuraDataset,
-        hardware: DevicePrecision, distributed: Distributed, signals: StopSignals,
-        facts: Mapping[str, Any],
-    ) -> None:
-        self.config, self.train_set, self.val_set, self.facts = config, train, val, facts
-        self.hardware, self.distributed, self.signals = hardware, distributed, signals
-        self.train_loader = BatchLoader(train, hardware.device)
-        self.val_loader = BatchLoader(val, hardware.device)
+    def __post_init__(self) -> None:
+        config, hardware, train = self.config, self.hardware, self.train_set
         weights = class_weights(train.records)
-        self.train_weights = image_weights(train.records, weights)
-        self.val_weights = image_weights(val.records, weights)
-        self.network = hardware.prepare(network)
+        self.train_targets = loss_targets(train.records, weights)
+        self.val_targets = loss_targets(self.val_set.records, weights)
+        self.mine = slice(self.distributed.rank, None, self.distributed.world_size)  # of a batch
         self.normalization = choose_normalization(config.normalization, train)
+        self.forward: Any = hardware.prepare(self.network)
+        if self.distributed.world_size > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.network)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        torch.backends.cudnn.benchmark = True  # pays here: batches have two sizes at most
+        if hardware.device.type == "cpu":
+            keep_freed_memory()
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.lr, weight_decay=config.weight_decay,
+            self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay,
             fused=hardware.device.type != "mps")
         self.scaler = torch.amp.GradScaler(
-            hardware.device.type, enabled=hardware.dtype == torch.float16)
-        self.batches = -(-len(train) // config.batch_size)  # of an epoch
-        self.schedule = self.build_schedule()
-        self.forward = self.wrap_network()
-        self.state = TrainState()
-        self.data_digest = "/".join(data.fingerprint() for data in (train, val))
+            hardware.device.type, enabled=hardware.precision == "fp16")
+        self.state, self.batches = TrainState(), -(-len(train) // config.batch_size)
         self.saved_at, self.validation_seconds = time.monotonic(), 0.0
-
-    def build_schedule(self) -> LambdaLR | ReduceLROnPlateau:
-        """Return the learning rate schedule of --lr-schedule."""
-        if self.config.lr_schedule == "plateau":
-            return ReduceLROnPlateau(self.optimizer, factor=0.1, patience=0)
-        total, warmup = self.config.epochs * self.batches, self.config.warmup
-        return LambdaLR(self.optimizer, partial(poly_factor, total=total, warmup=warmup))
-
-    def wrap_network(self) -> Any:
-        """Return the network as training calls it: distributed, compiled."""
-        device = self.hardware.device
-        wrapped: Any = self.network
-        if device.type == "cpu":
-            keep_freed_memory()
-        torch.backends.cudnn.benchmark = True  # pays here: batches have two sizes at most
-        if self.distributed.world_size > 1:
-            ids = [device] if device.type == "cuda" else None
-            wrapped = nn.parallel.DistributedDataParallel(self.network, device_ids=ids)
-        return torch.compile(wrapped) if self.config.compile else wrapped
+        data = "/".join(dataset.fingerprint() for dataset in (train, self.val_set))
+        self.settings = {"data": data, **{name: getattr(config, name) for name in LEARNT}}
 
     def fit(self) -> None:
         """Run the epochs that are left."""
         with self.signals.deferred():
-            while not self.finished():
+            while self.unfinished():
                 self.train_epoch()
-                began = time.perf_counter()
-                logits = self.validate()
-                self.validation_seconds = time.perf_counter() - began
-                self.end_epoch(logits)
+                self.end_epoch(self.validate())
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
-    def finished(self) -> bool:
-        """Return whether all epochs are done, or --patience is spent."""
-        waited = self.state.epoch - self.state.best_epoch
-        return self.state.epoch >= self.config.epochs or 0 < self.config.patience <= waited
+    def unfinished(self) -> bool:
+        """Return whether there are epochs left, and --patience, of which 0 is without end."""
+        waited, patience = self.state.epoch - self.state.best_epoch, self.config.patience
+        return self.state.epoch < self.config.epochs and (not patience or waited < patience)
 
     def train_epoch(self) -> None:
         """Train on what is left of the current epoch."""
         state, config = self.state, self.config
-        rank, world_size = self.distributed.rank, self.distributed.world_size
-        self.network.train()
         batches = epoch_batches(len(self.train_set), config.batch_size, config.seed, state.epoch)
-        if min(map(len, batches)) < world_size:
-            raise UserError(f"--batch-size {config.batch_size}: too small for {world_size} "
-                            "processes")
-        todo = range(state.batch, len(batches))
-        images = self.train_loader([batches[number][rank::world_size] for number in todo])
-        title = f"epoch {state.epoch + 1}/{config.epochs}"
-        with Progress(len(batches), title, "batches", state.batch) as bar:
-            clock = time.perf_counter()
-            for number, pixels in zip(todo, images, strict=True):
-                stopping = self.train_step(number, batches[number], pixels)
-                now = time.perf_counter()
-                state.seconds, clock = state.seconds + now - clock, now
+        left = batches[state.batch :]
+        mine = [batch[self.mine] for batch in left]
+        images = load_batches(self.train_set, mine, self.hardware.device)
+        self.network.train()
+        with Progress(len(batches), f"epoch {state.epoch + 1}/{config.epochs}", "batches",
+                      state.batch) as bar:
+            began = time.perf_counter() - state.seconds
+            for batch, pixels in zip(left, images, strict=True):
+                stopping = self.train_step(batch, pixels)
+                state.seconds = time.perf_counter() - began
                 bar.update(note=self.progress_note())
                 self.pause(stopping)
 
-    def train_step(self, number: int, batch: Array, pixels: Tensor) -> bool:
+    def train_step(self, batch: Array, pixels: Tensor) -> bool:
         """Take one optimiser step; returns whether a signal has come to any process.
 
-        Args:
-            number: of the batch in the epoch.
-            batch: indices of its images, of all processes.
-            pixels: this process's images of it, (b, 1, S, S) uint8.
-
-        Raises:
-            UserError: the loss is not finite; the weights are as they were before this batch.
+        `batch` holds indices of images of all processes, `pixels` this one's (b, 1, S, S) uint8. A
+        loss that is not finite is a UserError; the weights are as they were before this batch.
         """
-        state, config, device = self.state, self.config, self.hardware.device
-        mine = slice(self.distributed.rank, None, self.distributed.world_size)
-        parameters = draw_augmentation(config, len(batch), state.epoch, number)[mine]
-        targets = np.stack([self.train_set.labels[batch[mine]], self.train_weights[batch[mine]]])
-        labels_weights = torch.from_numpy(targets).float().to(device, non_blocking=True)
-        parameters = parameters.to(device, non_blocking=True)
-        images = augment(to_unit(pixels), parameters)
-        lam = draw_mixup(config, state.epoch, number)
-        loss, correct = self.backward(images, labels_weights, lam, len(batch))
-        counts = loss.new_tensor([len(pixels), self.signals.signum])
-        sums = self.distributed.sum(torch.stack([loss, correct, *counts]))
-        if not math.isfinite(sums[0]):
+        state = self.state
+        sums = self.backward(batch, pixels)
+        signum = sums.new_full((1,), self.signals.signum)
+        loss, correct, stopping = self.distributed.sum(torch.cat([sums, signum]))
+        if not math.isfinite(loss):
             names = ", ".join(self.train_set.records[i].name for i in batch)
             raise UserError(f"the loss is not finite in epoch {state.epoch + 1}, at the batch of "
                             f"{names}; try a lower --lr or --precision fp32, or look at these "
                             "files", EXIT_FAILED)
-        state.lr = float(self.optimizer.param_groups[0]["lr"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if isinstance(self.schedule, LambdaLR):
-            self.schedule.step()
         state.batch += 1
-        state.loss += sums[0]
-        state.correct += sums[1]
-        state.seen += sums[2]
-        return bool(sums[3])
+        state.loss += loss
+        state.correct += correct
+        state.seen += len(batch)
+        return bool(stopping)
 
-    def backward(
-        self, images: Tensor, labels_weights: Tensor, lam: float, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of this process's images, in micro-batches.
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step, which follows from what is done so far.
 
-        Args:
-            images: (b, 1, S, S) float, augmented.
-            labels_weights: (2, b) labels, and weights in the loss.
-            lam: what mixup leaves of an image; the rest is the next one, in pixels and in the loss.
-            count: images of the batch over all processes.
+        The plateau schedule takes a tenth after each epoch whose val loss is not 1e-4 of it below
+        the lowest before (arXiv 1712.06957, section 3.1; margin as in torch's ReduceLROnPlateau).
+        """
+        config, state = self.config, self.state
+        if config.lr_schedule == "poly":
+            step, total = state.epoch * self.batches + state.batch, config.epochs * self.batches
+            return config.lr * poly_factor(step, total, config.warmup)
+        rate, lowest = config.lr, math.inf
+        for row in state.history:
+            if row["val_loss"] < lowest * (1 - 1e-4):
+                lowest = row["val_loss"]
+            else:
+                rate *= 0.1
+        return rate
+
+    def backward(self, batch: Array, pixels: Tensor) -> Tensor:
+        """Compute gradients of a batch as in `train_step`, in micro-batches.
 
         Returns:
-            The sum of the losses, and the number of images right by their own labels, as tensors.
+            (2,) this process's sum of losses, and number of images right by their own labels.
         """
-        steps = min(self.config.grad_accum_steps, len(images))
-        world_size = self.distributed.world_size
-        partners = labels_weights.roll(-1, 1)
-        if lam < 1:
-            images = torch.lerp(images.roll(-1, 0), images, lam)
-        sums = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
-        loss_sum = torch.zeros((), device=images.device, dtype=sums)
-        correct = torch.zeros_like(loss_sum)
-        pieces = [images.tensor_split(steps)]
-        pieces += [values.tensor_split(steps, 1) for values in (labels_weights, partners)]
-        for step, (inputs, own, partner) in enumerate(zip(*pieces, strict=True), 1):
+        config, device, world_size = self.config, self.hardware.device, self.distributed.world_size
+        key = self.state.epoch, self.state.batch
+        parameters = draw_augmentation(config, len(batch), *key)[self.mine]
+        images = augment(to_unit(pixels), parameters.to(device, non_blocking=True))
+        targets = self.train_targets[:, batch[self.mine]].to(device, non_blocking=True)
+        lam = draw_mixup(config, *key)  # the rest is the next image, in pixels and in the loss
+        images, partners = torch.lerp(images.roll(-1, 0), images, lam), targets.roll(-1, 1)
+        steps = min(config.grad_accum_steps, len(images))
+        pieces = zip(images.tensor_split(steps), targets.tensor_split(steps, 1),
+                     partners.tensor_split(steps, 1), strict=True)
+        sums = torch.zeros(2, device=device)
+        for step, (inputs, own, partner) in enumerate(pieces, 1):
             delays = world_size > 1 and step < steps  # gradients are summed over processes once
             with self.forward.no_sync() if delays else contextlib.nullcontext():
                 with self.hardware.autocast():
                     logits = self.forward(self.normalization(inputs))
-                loss = weighted_loss(logits, *own)
-                if lam < 1:
-                    loss = torch.lerp(weighted_loss(logits, *partner), loss, lam)
-                share = loss * (world_size / count)  # gradients are averaged over processes
+                loss = torch.lerp(weighted_loss(logits, *partner), weighted_loss(logits, *own), lam)
+                share = loss * (world_size / len(batch))  # DDP averages gradients over processes
                 torch.autograd.backward(self.scaler.scale(share))
-            loss_sum += loss.detach()
-            correct += ((logits.detach() > 0) == (own[0] > 0.5)).sum()
-        return loss_sum, correct
+            sums[0] += loss.detach()
+            sums[1] += ((logits.detach() > 0) == (own[0] > 0.5)).sum()
+        return sums
 
     def progress_note(self) -> str:
         """Return running loss and accuracy, learning rate, and the time left of the whole run."""
-        state = self.state
-        batches_left = (self.config.epochs - state.epoch) * self.batches - state.batch
-        left = batches_left * state.seconds / max(1, state.batch)
-        left += (self.config.epochs - state.epoch) * self.validation_seconds
-        seen = max(1, state.seen)
-        return (f"loss {state.loss / seen:.3f} accuracy {state.correct / seen:.3f} lr "
-                f"{state.lr:.1e}, run {timedelta(seconds=round(left))} left")
+        state, epochs = self.state, self.config.epochs - self.state.epoch
+        rate = self.optimizer.param_groups[0]["lr"]
+        left = (epochs * self.batches - state.batch) * state.seconds / state.batch
+        left += epochs * self.validation_seconds
+        return (f"loss {state.loss / state.seen:.3f} accuracy {state.correct / state.seen:.3f} "
+                f"lr {rate:.1e}, run {timedelta(seconds=round(left))} left")
 
     def pause(self, stopping: bool) -> None:
         """Between two batches save the state when it is time, or when the run is to stop."""
@@ -3601,23 +3471,24 @@ class Trainer:
 
     def validate(self) -> Floats:
         """Recompute BatchNorm statistics and return the logits of val, (N,)."""
+        began, alone = time.perf_counter(), self.distributed.world_size == 1
         count = min(self.config.precise_bn, len(self.train_set))
         with Progress(count + len(self.val_set), "validation") as bar:
             def update(done: int) -> None:
-                """Count images; stop here where no other process waits, else in the next epoch."""
                 bar.update(done)
-                self.pause(self.distributed.world_size == 1 and bool(self.signals.signum))
+                self.pause(alone and bool(self.signals.signum))  # else in the next epoch, together
 
-            self.recompute_statistics(count, update)
+            if count:
+                self.recompute_statistics(count, update)
             self.distributed.broadcast_buffers(self.network)
             self.network.eval()
-            ensemble = Ensemble([self.as_model()], self.hardware)
-            (logits,) = ensemble.predict_dataset(
-                [self.val_loader], self.config.eval_batch_size, self.distributed, update)
+            (logits,) = Ensemble([self.as_model()], self.hardware).predict_dataset(
+                [self.val_set], self.config.eval_batch_size, self.distributed, update)
         if not np.isfinite(logits).all():
             raise UserError("the network's output is not finite after epoch "
                             f"{self.state.epoch + 1}; try a lower --lr or --precision "
                             "fp32", EXIT_FAILED)
+        self.validation_seconds = time.perf_counter() - began
         return np.asarray(logits)
 
     @torch.no_grad()
@@ -3628,76 +3499,62 @@ class Trainer:
         are not: every logit would be shifted. All processes use the same images.
         """
         config = self.config
-        if not count:
-            return
-        chosen = random_stream("statistics", config.seed).permutation(len(self.train_set))[:count]
-        batch_size = min(config.eval_batch_size, config.batch_size)
-        batches = np.array_split(chosen, -(-count // batch_size))
+        order = random_stream("statistics", config.seed).permutation(len(self.train_set))
+        batches = split_batches(order[:count], min(config.eval_batch_size, config.batch_size))
 
         def inputs() -> Iterator[Tensor]:
-            """Yield normalised batches."""
-            for pixels in self.train_loader(batches):
+            for pixels in load_batches(self.train_set, batches, self.hardware.device):
                 yield self.normalization(to_unit(pixels))
                 update(len(pixels))
 
-        self.network.train()
         with self.hardware.autocast():
             torch.optim.swa_utils.update_bn(inputs(), self.network)
 
     def as_model(self, **calibration: Any) -> LoadedModel:
         """Return the network as it is now, as prediction takes it."""
         config = self.config
-        cache = self.train_set.caches[0]
-        tta = config.hflip > 0 if config.tta is None else config.tta
         return LoadedModel(
-            config.checkpoint[0], self.network, self.normalization, cache.size, config.resize, tta,
+            config.checkpoint[0], self.network, self.normalization,
+            self.train_set.caches[0].size, config.resize, bool(config.tta), **self.facts,
             **calibration)
 
-    def end_epoch(self, logits: Array) -> None:
+    def end_epoch(self, logits: Floats) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
-        state = self.state
-        row = self.history_row(logits)
-        state.history.append(row)
-        state.epoch = len(state.history)
-        state.batch, state.loss, state.correct, state.seen, state.seconds = 0, 0, 0, 0, 0
-        if isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step(float(row["val_loss"] or 0))
-        best = is_best(state.history, self.config.select)
-        if best:
-            state.best_epoch = state.epoch
-        for line in epoch_lines(row, self.config.epochs, best=best):
-            log(line)
+        config, row = self.config, self.history_row(logits)
+        history = [*self.state.history, row]
+        kept = best_epoch(history, config.select)
+        self.state = TrainState(history, kept, self.state.model_digest)
+        best = kept == len(history)
+        log_epoch(row, config.epochs, best=best)
         if self.distributed.rank == 0:
             if best:
                 self.save_model(logits)
-            picture = plot_history(state.history, state.best_epoch)
-            atomic_write(self.config.file(".history.csv"), csv_text(state.history, list(row)))
-            atomic_write(self.config.file(".history.png"), picture)
+            atomic_write(config.file(".history.csv"), csv_text(history, list(row)))
+            atomic_write(config.file(".history.png"), plot_history(history, kept))
         self.save_state()
 
-    def history_row(self, logits: Array) -> dict[str, float | None]:
+    def history_row(self, logits: Floats) -> Row:
         """Return an epoch's row: loss and accuracy per image, AUROC and kappa per study, at 0.5."""
-        state, labels = self.state, torch.from_numpy(self.val_set.labels).float()
-        loss = weighted_loss(torch.from_numpy(logits), labels, torch.from_numpy(self.val_weights))
+        state = self.state
+        loss = weighted_loss(torch.from_numpy(logits), *self.val_targets)
         studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
         found = compute_metrics(studies.label, studies.probability, 0.5)
-        auroc, kappa = (float(found[name][0]) for name in ("auroc", "kappa"))
         return {
             "epoch": state.epoch + 1,
             "train_loss": state.loss / state.seen, "train_accuracy": state.correct / state.seen,
             "val_loss": loss.item() / len(logits),
             "val_accuracy": float(((logits > 0) == self.val_set.labels).mean()),
-            "val_auroc": None if math.isnan(auroc) else auroc,
-            "val_kappa": None if math.isnan(kappa) else kappa,
-            "lr": state.lr, "images_per_second": state.seen / state.seconds,
+            "val_auroc": float(found["auroc"][0]), "val_kappa": float(found["kappa"][0]),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": state.seen / state.seconds,
             "seconds": state.seconds + self.validation_seconds,
         }
 
-    def save_model(self, logits: Array) -> None:
+    def save_model(self, logits: Floats) -> None:
         """Write STEM.pth, with temperatures and threshold found on val."""
-        labels, records = self.val_set.labels, self.val_set.records
-        temperature = fit_temperature(logits, labels, np.array([r.patient for r in records]))
-        images = as_predictions(records, sigmoid(logits, temperature))
+        images = as_predictions(self.val_set.records, sigmoid(logits))
+        temperature = fit_temperature(logits, images.label, images.patient)
+        images = replace(images, probability=sigmoid(logits, temperature))
         study_temperature = fit_study_temperature(images)
         rule = self.config.threshold
         threshold, source = rule or 0.5, "default" if rule is None else "given"
@@ -3707,99 +3564,60 @@ class Trainer:
         model = self.as_model(
             temperature=temperature, study_temperature=study_temperature,
             threshold=float(threshold), threshold_source=source)
-        names = ("image_size", "resize", "tta", "temperature", "study_temperature", "threshold",
-                 "threshold_source")
-        self.state.model_digest = write_checkpoint(self.config.checkpoint[0], {
-            "kind": "model", "model": self.network.name, "classes": list(CLASSES),
-            **{name: getattr(model, name) for name in names}, **self.facts,
-            "normalization": asdict(self.normalization), "settings": self.settings(),
-            "epoch": self.state.epoch, "history": self.state.history,
-            "state_dict": self.network.state_dict(),
+        self.state.model_digest = write_checkpoint(model.path, {
+            "kind": "model", "model": self.network.name,
+            **{name: getattr(model, name) for name in STORED},
+            "normalization": asdict(self.normalization), "settings": self.settings,
+            "epoch": self.state.epoch, "state_dict": self.network.state_dict(),
         })
-
-    def settings(self) -> Content:
-        """Return the options that decide what is learnt, and a digest of the data."""
-        chosen = {name: getattr(self.config, name) for name in LEARNT}
-        return chosen | {"tasks": list(self.config.tasks), "data": self.data_digest}
 
     def save_state(self) -> None:
         """Write STEM.last.pth; rank 0 only."""
         self.saved_at = time.monotonic()
         if self.distributed.rank == 0:
             write_checkpoint(self.config.file(".last.pth"), {
-                "kind": "state", "settings": self.settings(), "facts": dict(self.facts),
+                "kind": "state", "settings": self.settings, "facts": self.facts,
                 "kept": {name: getattr(self.config, name) for name in KEPT},
                 "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
-                "state": asdict(self.state),
+                "scaler": self.scaler.state_dict(), "state": asdict(self.state),
             })
 
     def resume(self, content: Mapping[str, Any]) -> None:
-        """Go on from the content of STEM.last.pth.
-
-        Raises:
-            UserError: the data or STEM.pth are not those of that run.
-        """
+        """Go on from the content of STEM.last.pth; UserError where data or STEM.pth do not fit."""
         path, model = self.config.file(".last.pth"), self.config.checkpoint[0]
-        if content["settings"]["data"] != self.settings()["data"]:
+        if content["settings"]["data"] != self.settings["data"]:
             raise UserError(f"--resume {path}: images, labels or split have changed since; start a "
                             "new run with another --checkpoint")
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
-        self.state = TrainState(**content["state"])
-        if self.state.best_epoch and not model.exists():
-            raise UserError(f"--resume {path}: {model}, the best model so far, is missing; put it "
-                            "back")
-        if self.state.best_epoch and not self.owns_model(model):
-            raise UserError(f"--resume {path}: {model} is of another run; put the right one beside "
-                            "it")
-        state = self.state
+        self.state = state = TrainState(**content["state"])
+        if state.epoch and not self.owns_model(model):
+            raise UserError(f"--resume {path}: {model}, the best model so far, is missing or of "
+                            "another run; put the right one there")
         log(f"resumed from {path}: {state.epoch} epochs and {state.batch} batches are done")
-        before = content["kept"]["epochs"]
-        if isinstance(self.schedule, LambdaLR) and self.config.epochs != before:
-            self.stretch_schedule(self.schedule, before)
+        before, epochs = content["kept"]["epochs"], self.config.epochs
+        if self.config.lr_schedule == "poly" and epochs != before:
+            log(f"--epochs {before} -> {epochs}: the schedule is stretched; the learning rate goes "
+                f"on at {self.learning_rate():.2e}")
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
-        if file_digest(path) == self.state.model_digest:
-            return True
+        if not path.exists() or file_digest(path) == self.state.model_digest:
+            return path.exists()
         found = read_checkpoint(path, "model")
-        return bool(found["settings"] == self.settings() and found["epoch"] > self.state.epoch)
-
-    def stretch_schedule(self, schedule: LambdaLR, before: int) -> None:
-        """Set the learning rate that the schedule has for the new number of epochs."""
-        for group, base, factor in zip(
-            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * factor(schedule.last_epoch)
-        log(f"--epochs {before} -> {self.config.epochs}: the schedule is stretched; the learning "
-            f"rate goes on at {self.optimizer.param_groups[0]['lr']:.2e}")
+        return bool(found["settings"] == self.settings and found["epoch"] > self.state.epoch)
 
 
-def is_best(history: Sequence[Mapping[str, float | None]], select: str) -> bool:
-    """Return whether the last epoch is the best by --select; of equal ones, the lower loss is."""
-    column, sign = SELECTION[select]
-
-    def rank(row: Mapping[str, float | None]) -> tuple[float, float]:
-        """Return what is compared: undefined is worst."""
-        value, loss = row[column], row["val_loss"]
-        return -math.inf if value is None else sign * value, -float(loss or 0)
-
-    return all(rank(history[-1]) > rank(row) for row in history[:-1])
-
-
-def epoch_lines(row: Mapping[str, float | None], epochs: int, *, best: bool) -> list[str]:
-    """Return the two lines of an epoch: metrics per image, and metrics per study."""
-    shown = {name: "undefined" if value is None else f"{value:.4f}" for name, value in row.items()}
-    title = f"epoch {row['epoch']:.0f}/{epochs}"
-    speed = f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
-    return [
-        f"{title}  images: train loss {shown['train_loss']} accuracy {shown['train_accuracy']}, "
-        f"val loss {shown['val_loss']} accuracy {shown['val_accuracy']}",
-        f"{'':<{len(title)}}  studies: val AUROC {shown['val_auroc']} kappa {shown['val_kappa']}   "
-        f"{speed}{'   best so far' if best else ''}",
-    ]
+def log_epoch(row: Row, epochs: int, *, best: bool) -> None:
+    """Print the two lines of an epoch: metrics per image, and metrics per study."""
+    shown = {name: f"{value:.4f}".replace("nan", "undefined") for name, value in row.items()}
+    title = f"epoch {row['epoch']}/{epochs}"
+    log(f"{title}  images: train loss {shown['train_loss']} accuracy {shown['train_accuracy']}, "
+        f"val loss {shown['val_loss']} accuracy {shown['val_accuracy']}")
+    log(f"{'':<{len(title)}}  studies: val AUROC {shown['val_auroc']} kappa {shown['val_kappa']}   "
+        f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
+        f"{'   best so far' if best else ''}")
 
 
 def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predictions:
@@ -3810,21 +3628,15 @@ def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predi
 
 
 def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
-    """Return the options of a run that goes on: those that decide what is learnt are the state's.
-
-    Raises:
-        UserError: such a flag is given with another value.
-    """
-    saved = {name: content["settings"][name] for name in LEARNT}
-    saved["tasks"] = tuple(saved["tasks"])
-    kept = {name: content["kept"][name] for name in KEPT if name not in config.given}
+    """Return the options of a run that goes on; UserError where one would change what is learnt."""
+    saved = content["settings"] | content["kept"]
     for name in LEARNT:
-        now = getattr(config, name)
-        if name in config.given and now != saved[name]:
+        if name in config.given and getattr(config, name) != saved[name]:
             shown = " ".join(saved[name]) or "all" if name == "tasks" else saved[name]
             raise UserError(f"--resume: {flag_of(name)} was {shown}: leave it out, or start a new "
                             "run with another --checkpoint")
-    return replace(config, **saved, **kept)
+    names = {*LEARNT, *KEPT} - config.given
+    return replace(config, **{name: saved[name] for name in names})
 
 
 # ===== 9 plots ====================================================================================
@@ -4433,14 +4245,13 @@ def evaluate_ensemble(
             for model in ensemble.models]
     first = data[0]
     bad_images = report_bad_images(scan, first.caches, config.on_bad_image)
-    loaders = [BatchLoader(images, ensemble.hardware.device) for images in data]
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
             bar.update(count)
             signals.check()
 
-        logits = ensemble.predict_dataset(loaders, config.eval_batch_size, distributed, update)
+        logits = ensemble.predict_dataset(data, config.eval_batch_size, distributed, update)
     if distributed.rank == 0:
         for i in np.flatnonzero(~np.isfinite(logits).all(axis=0)):
             raise UserError(f"{first.records[i].path}: the model's output is not finite; use "

@@ -212,23 +212,19 @@ class Bench:
     def epoch(self) -> None:
         """Train an epoch as the program does."""
         self.trainer.train_epoch()
-        self.trainer.state.epoch += 1
-        self.trainer.state.batch = 0
+        self.trainer.state = mura.TrainState([*self.trainer.state.history, {}])
 
     def synthetic_epoch(self) -> None:
         """Take as many steps on one batch that is on the device already."""
         trainer, size = self.trainer, (self.batch, 1, self.size, self.size)
         trainer.network.train()
         pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=self.device)
-        targets = torch.ones((2, self.batch), device=self.device)
-        parameters = mura.draw_augmentation(self.config, self.batch, 0, 0).to(self.device)
         for _ in range(self.steps):
-            images = mura.augment(mura.to_unit(pixels), parameters)
-            trainer.backward(images, targets, 1.0, self.batch)
+            trainer.backward(np.arange(self.batch), pixels)
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
             trainer.optimizer.zero_grad()
-            trainer.schedule.step()
+            trainer.learning_rate()
 
     @cached_property
     def large_root(self) -> Path:
@@ -284,7 +280,7 @@ def score_loop(bench: Bench) -> Measured:
     """Scoring a split | ordinary loop | CPU with bf16 units 3x, H200 4x."""
     trainer = bench.trainer
     ensemble = mura.Ensemble([trainer.as_model()], bench.hardware)
-    given = ([trainer.train_loader], bench.batch, mura.Distributed(), lambda count: None)
+    given = ([trainer.train_set], bench.batch, mura.Distributed(), lambda count: None)
     trainer.network.eval()
     ratio, *seconds = bench.versus(
         lambda: ensemble.predict_dataset(*given), partial(bench.ordinary_epoch, training=False)

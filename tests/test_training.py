@@ -186,20 +186,22 @@ def test_the_weights_are_twice_those_of_the_paper() -> None:
     """1 abnormal and 3 normal hands: w1 = 2 * 3/4, w0 = 2 * 1/4; elbows by their own counts."""
     hands = [image(1)] + [image(0)] * 3
     elbows = [image(1, "XR_ELBOW")] * 2 + [image(0, "XR_ELBOW")] * 3
-    weights = mura.image_weights([*hands, *elbows], mura.class_weights([*hands, *elbows]))
+    both = [*hands, *elbows]
+    labels, weights = mura.loss_targets(both, mura.class_weights(both))
+    assert labels.tolist() == [record.label for record in both]
     assert weights.tolist() == pytest.approx([1.5, 0.5, 0.5, 0.5, 1.2, 1.2, 0.8, 0.8, 0.8])
-    assert weights.dtype == np.float32
-    assert mura.image_weights([image(1, "XR_KNEE")], {}).tolist() == [1], "a part not in train"
+    assert weights.dtype == torch.float32
+    assert mura.loss_targets([image(1, "XR_KNEE")], {}).tolist() == [[1], [1]], "not in train"
 
 
 def test_the_loss_at_chance_is_log_two() -> None:
     """Of as many normal as abnormal images; both classes of a body part always weigh the same."""
     records = [image(0), image(1), image(1), image(0)]
-    weights = torch.from_numpy(mura.image_weights(records, mura.class_weights(records)))
-    loss = mura.weighted_loss(torch.zeros(4), torch.tensor([0.0, 1, 1, 0]), weights)
+    loss = mura.weighted_loss(
+        torch.zeros(4), *mura.loss_targets(records, mura.class_weights(records)))
     assert loss.item() / 4 == pytest.approx(0.693147, rel=1e-5)
     uneven = [image(1)] * 2 + [image(0)] * 6
-    of_class = mura.image_weights(uneven, mura.class_weights(uneven))
+    _, of_class = mura.loss_targets(uneven, mura.class_weights(uneven))
     assert of_class[:2].sum() == of_class[2:].sum()
 
 
@@ -208,7 +210,8 @@ def test_training_needs_both_classes(capsys: pytest.CaptureFixture[str]) -> None
     for label, name in ((0, "abnormal"), (1, "normal")):
         with pytest.raises(mura.UserError, match=f"no training image is {name};"):
             mura.class_weights([image(label)] * 3)
-    assert mura.class_weights([image(0), image(1), image(1, "XR_ELBOW")])["XR_HAND"] == (1, 1)
+    weights = mura.class_weights([image(0), image(1), image(1, "XR_ELBOW")])
+    assert weights["XR_HAND", 0] == weights["XR_HAND", 1] == 1
     assert re.search("XR_ELBOW.* abnormal.*no weight", one_line(capsys))
 
 
@@ -568,25 +571,25 @@ def test_a_temperature_takes_many_patients(
 
 HISTORY = [  # accuracy, AUROC, kappa, loss
     (0.7, 0.6, 0.1, 0.9), (0.7, 0.5, 0.0, 0.8), (0.6, 0.8, 0.2, 0.85), (0.7, 0.8, 0.1, 0.75),
-    (0.8, None, None, 0.75)]
+    (0.8, math.nan, math.nan, 0.75)]
 
 
 @pytest.mark.parametrize(("select", "best"), [
-    ("accuracy", [1, 2, 4, 5]), ("auroc", [1, 3, 4]), ("kappa", [1, 3]), ("loss", [1, 2, 4])])
+    ("accuracy", [1, 2, 2, 4, 5]), ("auroc", [1, 1, 3, 4, 4]), ("kappa", [1, 1, 3, 3, 3]),
+    ("loss", [1, 2, 2, 4, 4])])
 def test_the_best_epoch(select: str, best: list[int]) -> None:
     """Of equal ones the lower loss is, and where that is equal too the first."""
     names = ("val_accuracy", "val_auroc", "val_kappa", "val_loss")
     rows = [dict(zip(names, values, strict=True)) for values in HISTORY]
-    numbers = range(1, len(rows) + 1)
-    assert [number for number in numbers if mura.is_best(rows[:number], select)] == best
+    assert [mura.best_epoch(rows[: number + 1], select) for number in range(len(rows))] == best
     assert set(mura.SELECTION) == {"accuracy", "auroc", "kappa", "loss"}
 
 
 def test_an_undefined_metric_is_the_worst() -> None:
     """A study kappa of -0.2 is better than none; the first epoch is kept, however bad."""
-    values = ((None, 0.5), (-0.2, 0.9), (None, 0.1))
+    values = ((math.nan, 0.5), (-0.2, 0.9), (math.nan, 0.1))
     rows = [{"val_kappa": kappa, "val_loss": loss} for kappa, loss in values]
-    assert [mura.is_best(rows[:number], "kappa") for number in (1, 2, 3)] == [True, True, False]
+    assert [mura.best_epoch(rows[:number], "kappa") for number in (1, 2, 3)] == [1, 2, 2]
 
 
 Rows = list[dict[str, float]]
@@ -1057,11 +1060,11 @@ def test_state_and_model_of_different_runs_are_refused(
         before = listing(tmp_path)
         capsys.readouterr()
         assert run_inside(*resuming(untested, checkpoint)) == 2
-        assert f"{checkpoint} is of another run" in one_line(capsys)
+        assert f"{checkpoint}, the best model so far, is missing or of another run" in one_line(capsys)
         assert listing(tmp_path) == before
     checkpoint.unlink()
     assert run_inside(*resuming(untested, checkpoint)) == 2
-    assert f"{checkpoint}, the best model so far, is missing" in one_line(capsys)
+    assert f"{checkpoint}, the best model so far, is missing or of another run" in one_line(capsys)
     checkpoint.write_bytes(right)
     assert run_inside(*resuming(untested, checkpoint)) == 0
 
@@ -1171,7 +1174,7 @@ def test_a_loss_that_is_not_finite_keeps_the_model(
 
     def poisoned(logits: Tensor, *arguments: Tensor) -> Tensor:
         value = loss(logits, *arguments)
-        if not logits.requires_grad or next(calls) < 6:  # an epoch, and two batches of the next
+        if not logits.requires_grad or next(calls) < 12:  # two a batch: an epoch and two batches
             return value
         before.update(listing(tmp_path))
         return value * float("nan")

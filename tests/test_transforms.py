@@ -97,32 +97,27 @@ def test_order_follows_from_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
-@pytest.mark.parametrize("resident", [False, True])
-def test_a_loader_brings_the_batches_in_order(count: int, resident: bool) -> None:
+def test_batches_are_loaded_in_order(count: int) -> None:
     dataset: Any = Images(random_images(20, 8))
-    loader = mura.BatchLoader(dataset, CPU)
-    if resident:  # as on a card with room for the whole data set
-        loader.resident = dataset.batch(np.arange(len(dataset)))
     batches = mura.epoch_batches(len(dataset), 3, seed=0, epoch=0)[:count]
-    for _ in range(2):
-        brought = list(loader(batches))
-        assert len(brought) == count
-        for images, indices in zip(brought, batches, strict=True):
-            assert images.dtype == torch.uint8
-            assert torch.equal(images, torch.from_numpy(dataset.pixels[indices])[:, None])
+    brought = list(mura.load_batches(dataset, batches, CPU))
+    assert len(brought) == count
+    for images, indices in zip(brought, batches, strict=True):
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, torch.from_numpy(dataset.pixels[indices])[:, None])
 
 
-def test_a_loader_reads_a_few_batches_ahead_and_may_be_left_early() -> None:
+def test_a_few_batches_are_loaded_ahead_and_loading_may_be_left_early() -> None:
     dataset: Any = Images(random_images(30, 8))
     batches = [np.array([i]) for i in range(30)]
-    stream = iter(mura.BatchLoader(dataset, CPU)(batches))
+    stream = mura.load_batches(dataset, batches, CPU)
     assert torch.equal(next(stream)[0, 0], torch.from_numpy(dataset.pixels[0]))
     stream.close()  # type: ignore[attr-defined]
     assert dataset.asked == [[i] for i in range(len(dataset.asked))]
     assert 1 <= len(dataset.asked) <= 5  # a data set larger than memory does not fill it
 
 
-def test_a_loader_passes_errors_on_at_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_loading_come_at_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset: Any = Images(random_images(6, 8))
     gather = dataset.batch
 
@@ -132,7 +127,7 @@ def test_a_loader_passes_errors_on_at_their_batch(monkeypatch: pytest.MonkeyPatc
         return gather(indices)
 
     monkeypatch.setattr(dataset, "batch", failing)
-    stream = iter(mura.BatchLoader(dataset, CPU)([np.array([i]) for i in range(6)]))
+    stream = mura.load_batches(dataset, [np.array([i]) for i in range(6)], CPU)
     assert [int(next(stream)[0, 0, 0, 0]) for _ in range(3)] == dataset.pixels[:3, 0, 0].tolist()
     with pytest.raises(mura.UserError, match="damaged"):
         next(stream)

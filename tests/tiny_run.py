@@ -25,6 +25,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import torch
 from conftest import mura
 from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 
 
 class TinyClassifier(nn.Module):
@@ -130,6 +132,7 @@ def start(task: dict[str, Any]) -> int:
         return child
     code = 99
     try:
+        tqdm.set_lock(threading.RLock())  # the inherited one is shared: a killed sibling may hold it
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
