@@ -1199,7 +1199,7 @@ def _check_tiff(image: _TiffFile) -> bool:
     _check_size(tags.get(322, 1), tags.get(323, 1))  # of a tile
     bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284, 1)
     if not image.tile or (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
-        raise BadImage(f"{bits}-bit TIFF is not supported (byte order {image.tag_v2.prefix!r}, "
+        raise BadImage(f"{bits}-bit TIFF is not supported (byte order {tags.prefix.decode()}, "
                        f"SampleFormat {sample}, PhotometricInterpretation {tags.get(262)}, "
                        f"PlanarConfiguration {planes}, Compression {tags.get(259)})")
     with OPTIONAL:  # EOFError: that was the last
