@@ -1022,8 +1022,8 @@ MIN_CONTRAST = 8  # grey levels from the 0.5th to the 99.5th percentile: below, 
 MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B): a small coloured mark stays below
 JPEG_END = b"\xff\xd9"
 PNG_CHUNKS = b"IHDR PLTE tRNS IDAT".split()  # on which pixels depend
-JPEG_FRAME = re.compile(  # bits and sides in T.81 SOF, sides in T.800 SIZ
-    rb"(?s)\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.([\x02-\x10])(..)(..)"
+JPEG_SIZE = re.compile(  # T.81 SOF, T.800 SIZ
+    rb"(?s)\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\x02-\x10](..)(..)"
     rb"|\xff\x4f\xff\x51.{4}(.{4})(.{4})"
 )
 JPEG_SCAN = re.compile(rb"(?s)(\xff\xda\0(?:\x08\x01..|\x0c\x03.{6}))\0\0\0")  # T.81 SOS
@@ -1292,8 +1292,8 @@ def _dicom_pixels(header: Dataset) -> Array:
     from pydicom.pixels.utils import pixel_array
 
     syntax = header.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1").value
-    if "JPEG" in syntax.name and (frame := JPEG_FRAME.search(header.PixelData)):
-        _check_size(*(int.from_bytes(side) for side in frame.groups()[1:] if side))  # is believed
+    if "JPEG" in syntax.name and (size := JPEG_SIZE.search(header.PixelData)):
+        _check_size(*(int.from_bytes(side) for side in size.groups() if side))  # it is believed
     if syntax.endswith(".4.51"):  # sequential JPEG has coefficients 0 to 63
         header.PixelData = JPEG_SCAN.sub(b"\\1\0\x3f\0", header.PixelData)
     try:
@@ -1746,19 +1746,18 @@ class CachedImage(NamedTuple):
 
 def open_cache(scan: Scan, size: int, resize: str, folder: Path) -> list[list[CachedImage]]:
     """Return the images of a split, those of a body part together, as the cache has them."""
-    by_part: defaultdict[str, list[ImageRecord]] = defaultdict(list)
-    for record in scan.records:
-        by_part[record.body_part].append(record)
     opened = []
-    for part, records in sorted(by_part.items()):
+    for part in sorted({record.body_part for record in scan.records}):
+        records = [record for record in scan.records if record.body_part == part]
         key = _digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
         name = re.sub(r"[^\w-]", "_", f"{part}-{size}-{resize}-{key}")
         path = folder / f"{name}.npy"
         try:
             rows = json.loads(path.with_suffix(".json").read_bytes())
             squares = np.asarray(np.load(path, mmap_mode="r")).reshape(-1, size, size)
-            images = [_checked(CachedImage(record, path, i, *row), square) for i, (record, row, square)
-                      in enumerate(zip(records, rows, squares, strict=True))]
+            known = enumerate(zip(records, rows, squares, strict=True))
+            images = [_checked(CachedImage(record, path, i, *row), square)
+                      for i, (record, row, square) in known]
         except Exception:  # absent or damaged
             images = [CachedImage(record, path, i) for i, record in enumerate(records)]
         opened.append(images)
