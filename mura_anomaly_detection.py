@@ -1403,6 +1403,7 @@ def unlike_radiograph(radiograph: Radiograph) -> str | None:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
 CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
+LAYOUT = "expected XR_*/patient*/study*_*/image*.png"
 BAD_FRACTION = 0.01  # more unreadable images than this stop a run, unless told to skip them
 LABEL_WORDS = "0 1 normal abnormal negative positive".split()  # 0, 1, 0, 1, 0, 1
 
@@ -1533,42 +1534,39 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     _negative). Where SPLIT_image_paths.csv lists any, by any suffix, only the listed images count.
 
     Raises:
-        UserError: no such folder, no image in it, an unknown body part, a list that is not MURA's.
+        UserError: no image, an unknown body part, a list that is not MURA's.
     """
-    folder = root / split
+    top = root / split
     image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
     labels = _read_mura_list(root / study_list, split)
     listed = {os.path.splitext(name)[0] for name in _read_mura_list(root / image_list, split)}
-    parts = [name for name in subfolders(folder) if name.upper().startswith("XR_")]
-    parts = _choose_body_parts(parts, tasks)
+    present = [name for name in subfolders(top) if name.upper().startswith("XR_")]
+    parts = _choose_body_parts(present, tasks)
     missing = {name for name in listed if name.partition("/")[0] in parts}
-    records: list[ImageRecord] = []
-    counts: Counter[str] = Counter()
-    for part, patient, study in _walk_studies(folder, parts):
+    records, counts = list[ImageRecord](), Counter[str]()
+    for part, patient, study in _walk_studies(top, parts):
         key = f"{part}/{patient}/{study}"
         named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
         label = labels.get(key, named)
-        if named not in ("", label):
-            counts[f"studies are named otherwise than {study_list} says; the list counts"] += 1
-        for name in (f"{key}/{file}" for file in file_names(f"{folder}/{key}")):
+        otherwise = f"studies are named otherwise than {study_list} says; the list counts"
+        counts[otherwise] += named not in ("", label)
+        for name in (f"{key}/{file}" for file in file_names(f"{top}/{key}")):
             bare, suffix = os.path.splitext(name)
             missing.discard(bare)
-            if suffix.lower() not in IMAGE_SUFFIXES and not read_header(folder / name):
+            if suffix.lower() not in IMAGE_SUFFIXES and not read_header(top / name):
                 counts["files are no images, left out"] += 1
             elif listed and bare not in listed:
                 counts[f"images are not in {image_list}, left out"] += 1
             elif not label:
                 counts[f"images have no label in {study_list} or their study's name, left out"] += 1
             else:
-                path = f"{folder}/{name}"
-                records.append(ImageRecord(path, name, part, patient, key, int(label)))
+                records.append(ImageRecord(f"{top}/{name}", name, part, patient, key, int(label)))
     counts[f"images of {image_list} are missing, such as {min(missing, default='')}"] = len(missing)
-    notes = [f"{folder}: {count} {text}" for text, count in counts.items() if count]
+    notes = [f"{top}: {count} {text}" for text, count in counts.items() if count]
     if not records:
-        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
-        raise UserError(f"{folder}: no images found; {reason}")
+        raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
     is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
-    return Scan(split, folder, tuple(records), tuple(notes), is_mura)
+    return Scan(split, top, tuple(records), tuple(notes), is_mura)
 
 
 def _walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
