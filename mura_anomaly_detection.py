@@ -480,7 +480,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from statistics import NormalDist
@@ -491,7 +491,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, TiffImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -1009,11 +1009,8 @@ def read_safetensors(path: Path, remedy: str) -> Content:
 IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start Ghostscript
     # DICOM: with preamble, or from its first tag on
     rb"(?s)(?P<DICOM>.{128}DICM|[\x02\x08\x10\x18\x20\x28]\0.\0(?:[A-Z]{2}|.\0\0\0))"
-    rb"|(?P<PNG>\x89PNG\r\n\x1a\n)"
-    rb"|(?P<JPEG>\xff\xd8\xff)"
-    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])"
-    rb"|(?P<GIF>GIF8[79]a)"
-    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
+    rb"|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<JPEG>\xff\xd8\xff)|(?P<TIFF>II[*+]\0|MM\0[*+])"
+    rb"|(?P<GIF>GIF8[79]a)|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
     rb"|(?P<WEBP>RIFF.{4}WEBP)"
 )
 HEAD_BYTES = 65_536  # holds the first bytes of every format and the file meta of DICOM
@@ -1046,24 +1043,21 @@ class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised
     """An image that cannot be used; the text is the reason, to which the caller adds the path."""
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """What an image file says about itself; width and height in pixels, 0 if not understood."""
 
     format: str
     width: int = 0
     height: int = 0
-    study_uid: str = ""
-    body_part: str = ""
+    study_uid: str = ""  # DICOM StudyInstanceUID
 
 
 @dataclass(frozen=True)
 class Radiograph:
     """One decoded image and what its file says about it."""
 
-    pixels: Pixels  # (H, W)
+    pixels: Pixels
     body_part: str = ""  # DICOM BodyPartExamined
-    study_uid: str = ""  # DICOM StudyInstanceUID
     warnings: tuple[str, ...] = ()  # short clauses
     chroma: float = 0.0  # mean of max(R, G, B) - min(R, G, B), 0 to 255
 
@@ -1075,22 +1069,23 @@ def read_header(path: Path) -> ImageHeader | None:
     """
     kind = ""
     with OPTIONAL:  # damaged or not supported: decoding says so
-        if not path.is_file():  # opening a FIFO would wait for its writer for ever
-            return None
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-            file.seek(0)
-            if not (found := IMAGE_FORMATS.match(head)):
-                return None
-            kind = found.lastgroup or ""
-            if kind == "DICOM":
-                header = _read_dicom(file, head, stop_before_pixels=True)
-                if "Rows" not in header:  # DICOMDIR, a report, ...
-                    return None
-                study, part = header.get("StudyInstanceUID", ""), header.get("BodyPartExamined", "")
-                return ImageHeader(kind, header.Columns, header.Rows, str(study), str(part))
-            return ImageHeader(kind, *Image.open(file, formats=(kind,)).size)
+        if path.is_file():  # opening a FIFO would wait for its writer for ever
+            with path.open("rb") as file:
+                kind = _image_format(file.read(HEAD_BYTES))
+                file.seek(0)
+                if kind == "DICOM":
+                    header = _read_dicom(file, stop_before_pixels=True)
+                    if "Rows" not in header:  # DICOMDIR, a report, ...
+                        return None
+                    study = str(header.get("StudyInstanceUID", ""))
+                    return ImageHeader(kind, header.Columns, header.Rows, study)
+                return ImageHeader(kind, *Image.open(file, formats=(kind,)).size)
     return ImageHeader(kind) if kind else None
+
+
+def _image_format(head: bytes) -> str:
+    found = IMAGE_FORMATS.match(head)
+    return (found and found.lastgroup) or ""
 
 
 def read_radiograph(path: Path) -> Radiograph:
@@ -1100,10 +1095,8 @@ def read_radiograph(path: Path) -> Radiograph:
         BadImage: why the file cannot be used: missing, damaged, too large, not supported, ...
     """
     data = _read_bytes(path)
-    found = IMAGE_FORMATS.match(data)
-    if not found:
+    if not (kind := _image_format(data)):
         raise BadImage("not an image of a known kind")
-    kind = found.lastgroup or ""
     try:
         return _decode_dicom(data) if kind == "DICOM" else _decode_picture(data, kind)
     except BadImage:
@@ -1116,15 +1109,14 @@ def read_radiograph(path: Path) -> Radiograph:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            is_folder = stat.S_ISDIR(status.st_mode)
-            raise BadImage("a folder, not an image" if is_folder else "not a regular file")
-        if not 0 < status.st_size <= MAX_BYTES:
-            raise BadImage("larger than 512 MiB" if status.st_size else "empty (0 bytes)")
+        size = path.stat().st_size
+        if not path.is_file():
+            raise BadImage("a folder or device, not a regular file")
+        if not 0 < size <= MAX_BYTES:
+            raise BadImage("larger than 512 MiB" if size else "empty (0 bytes)")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadImage(str(getattr(error, "strerror", None) or "cannot be read").lower()) from error
+        raise BadImage((getattr(error, "strerror", "") or "cannot be read").lower()) from error
 
 
 def _check_size(width: int, height: int, frames: int = 1) -> None:
@@ -1134,17 +1126,21 @@ def _check_size(width: int, height: int, frames: int = 1) -> None:
         raise BadImage("several frames in one file: save the wanted one by itself")
 
 
+def _open_picture(data: bytes, kind: str) -> Any:
+    stream = io.BytesIO(data)
+    return _TiffFile(stream) if kind == "TIFF" else Image.open(stream, formats=(kind,))
+
+
 def _decode_picture(data: bytes, kind: str) -> Radiograph:
     """Decode what Pillow reads."""
     if kind == "PNG":
         data = _pixel_chunks(data)
     image = _open_picture(data, kind)
-    is_animated = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: previews
-    if kind == "TIFF":
-        is_animated = _check_tiff(image)
-    _check_size(image.width, image.height, 1 + is_animated)
+    several = _check_tiff(image) if kind == "TIFF" else getattr(image, "is_animated", False)
+    several &= image.format != "MPO"  # a camera's previews
+    _check_size(image.width, image.height, 1 + several)
     is_deep = ";16" in str(image.tile)
-    other = None
+    other = None  # decoded with other pixels where some are missing
     if kind == "PNG":  # Pillow accepts a stream that ends early
         image.im = Image.new(image.mode, image.size, 1).im
         last_rows = np.asarray(image)[-2:]  # missing ones stay 1; 2, as the file may be interlaced
@@ -1154,8 +1150,10 @@ def _decode_picture(data: bytes, kind: str) -> Radiograph:
         data = data.rstrip(b"\xff")
         image = _open_picture(data + JPEG_END, kind)
         other = _open_picture(data + b"\xfe\xfe\xfe\xfe" + JPEG_END, kind)
-    if other and (np.asarray(image) != np.asarray(other)).any():
-        raise BadImage("cut short: rows are missing")
+    if other:
+        differ = (np.asarray(image) != np.asarray(other)).reshape(image.height, -1).any(axis=1)
+        if differ.any():
+            raise BadImage(f"cut short: rows after {differ.argmax()} are missing")
     image.load()
     with OPTIONAL:  # a damaged EXIF block does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
@@ -1163,10 +1161,6 @@ def _decode_picture(data: bytes, kind: str) -> Radiograph:
     if is_deep and grey.max() < 64:  # Pillow cuts colour to 8 bits: 12-bit values would be black
         raise BadImage("16-bit values that do not use their range: save it as 16-bit grey")
     return Radiograph(grey, chroma=chroma)
-
-
-def _open_picture(data: bytes, kind: str) -> Any:
-    return Image.open(io.BytesIO(data), formats=(kind,))
 
 
 def _pixel_chunks(data: bytes) -> bytes:
@@ -1183,24 +1177,38 @@ def _pixel_chunks(data: bytes) -> bytes:
     return bytes(kept) + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def _check_tiff(image: Any) -> bool:
-    """Tell whether a TIFF file has further images, other than overviews and masks of its first.
+class _TiffFile(TiffImagePlugin.TiffImageFile):
+    """A TIFF file of which the tags are read, too, where Pillow cannot decode the pixels."""
+
+    def _setup(self) -> None:
+        self._mode, self._size = "L", (self.tag_v2[256], self.tag_v2[257])
+        with OPTIONAL:  # else it has no tiles
+            super()._setup()
+
+
+def _check_tiff(image: _TiffFile) -> bool:
+    """Return whether a TIFF file has further images, other than overviews and masks of its first.
+
+    Those say so (NewSubfileType), or are smaller and of the same aspect ratio.
 
     Raises:
-        BadImage: Pillow decodes it otherwise than its tags say.
+        BadImage: Pillow does not decode it, or otherwise than its tags say.
     """
-    tags = image.tag_v2
+    tags, (width, height), several = image.tag_v2, image.size, False
     _check_size(tags.get(322, 1), tags.get(323, 1))  # of a tile
-    bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284)
-    if (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
-        raise BadImage(f"{bits}-bit TIFF (SampleFormat {sample}, planes {planes}) is not supported")
-    with OPTIONAL:
+    bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284, 1)
+    if not image.tile or (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
+        raise BadImage(f"{bits}-bit TIFF is not supported (byte order {tags.prefix.decode()}, "
+                       f"SampleFormat {sample}, PhotometricInterpretation {tags.get(262)}, "
+                       f"PlanarConfiguration {planes}, Compression {tags.get(259)})")
+    with OPTIONAL:  # EOFError: that was the last
         for index in range(1, 16):  # one image has fewer overviews
             image.seek(index)
-            if not image.tag_v2.get(254, 0) & 5:
-                return True
+            wide, high = image.size
+            is_overview = wide < width and abs(wide * height - high * width) < max(width, height)
+            several |= not (is_overview or tags.get(254, 0) & 5)
     image.seek(0)
-    return False
+    return several
 
 
 def _to_grey(image: Image.Image) -> tuple[Pixels, float]:
@@ -1237,9 +1245,8 @@ def _robust_range(values: Array) -> Array:
     """
     if not np.isfinite(values).all():
         raise BadImage("holds values that are not finite")
-    sample = values.ravel()[:: values.size // 1_000_000 + 1]
-    ranks = [sample.size // OUTLIERS, -1 - sample.size // OUTLIERS]
-    return np.partition(sample, ranks)[ranks]
+    ranks = [values.size // OUTLIERS, -1 - values.size // OUTLIERS]
+    return np.partition(values, ranks, axis=None)[ranks]
 
 
 def _scale(values: Array, black: float, white: float) -> Pixels:
@@ -1248,34 +1255,35 @@ def _scale(values: Array, black: float, white: float) -> Pixels:
     return shown.clip(0, 255).astype(np.uint8)
 
 
-def _read_dicom(file: IO[bytes], head: bytes, **options: Any) -> Dataset:
+def _read_dicom(file: IO[bytes], **options: Any) -> Dataset:
     try:
         import pydicom
     except ImportError as error:
         raise BadImage("DICOM needs an optional package: pip install 'pydicom>=3'") from error
-    if b"1.2.840.10008.1.2.1.99" in head:  # unpacked whole by pydicom, whatever its size
+    if b"1.2.840.10008.1.2.1.99" in file.read(HEAD_BYTES):  # pydicom unpacks it whole
         raise BadImage("deflated DICOM is not supported: save it uncompressed")
+    file.seek(0)
     return pydicom.dcmread(file, force=True, **options)
 
 
 def _decode_dicom(data: bytes) -> Radiograph:
-    header = _read_dicom(io.BytesIO(data), data[:HEAD_BYTES])
+    header = _read_dicom(io.BytesIO(data))
     if "PixelData" not in header:
         raise BadImage("a DICOM file without an image, or its header is damaged")
     _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
     bits = header.BitsStored
     header.BitsStored = max(bits, header.get("HighBit", 0) + 1)  # pydicom clears what is above
-    stored = _dicom_pixels(header)
+    stored, chroma = _dicom_pixels(header), 0.0
     if stored.ndim == 3:
         grey, chroma = _to_grey(Image.fromarray(stored))
     else:
-        grey, chroma = _dicom_grey(header, stored, bits), 0.0
+        grey = _dicom_grey(header, stored, bits)
     if chroma > MAX_CHROMA or header.PhotometricInterpretation == "PALETTE COLOR":
         raise BadImage("colour DICOM: a radiograph is grey")
     if grey.shape != (header.Rows, header.Columns):
         raise BadImage("its pixels are not Rows x Columns")
-    study, part = header.get("StudyInstanceUID", ""), header.get("BodyPartExamined", "")
-    return Radiograph(grey, str(part), str(study), _dicom_warnings(header), chroma)
+    part = str(header.get("BodyPartExamined", ""))
+    return Radiograph(grey, part, _dicom_warnings(header), chroma)
 
 
 def _dicom_pixels(header: Dataset) -> Array:
@@ -1324,37 +1332,50 @@ def _dicom_grey(header: Dataset, stored: Array, bits: int) -> Pixels:
     return shown[codes]
 
 
-def _display(header: Dataset, values: Array) -> tuple[Array, Pixels | None]:
+def _display(header: Dataset, levels: Array) -> tuple[Array, Pixels | None]:
     """Return values after the modality, and grey as the VOI table or window says, if there is one.
 
-    What pydicom does not understand is left out.
+    What is not understood is left out.
     """
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels.processing import apply_windowing
 
     for keyword in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
         with OPTIONAL:  # absent, or no text
-            text = header.get_item(keyword).value.decode()
-            setattr(header, keyword, text.replace(",", "."))
-    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
-        with OPTIONAL:  # pydicom has no tables of 12 bits, and wraps the index of those of 8
-            header[keyword][0].LUTDescriptor[2] = 16
+            setattr(header, keyword, header.get_item(keyword).value.decode().replace(",", "."))
+    values, shown = levels, None
     with OPTIONAL:
-        values = apply_modality_lut(values, header)
+        values = levels * header.RescaleSlope + header.RescaleIntercept
+    with OPTIONAL:
+        values = _look_up(levels, header.ModalityLUTSequence[0])
     for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
         header.pop(keyword, None)
     header.BitsStored, header.PixelRepresentation = 8, 0  # the range of windowed values
     with OPTIONAL:
-        shown = apply_voi_lut(values, header)
-        if shown is not values:  # a table may declare more bits than it has
-            return values, _scale(shown, 0, shown.max() if shown.dtype.kind == "u" else 255)
-    return values, None
+        windowed = apply_windowing(values, header)
+        shown = None if windowed is values else _scale(windowed, 0, 255)
+    with OPTIONAL:  # a table may declare more bits than it has
+        looked_up = _look_up(values, header.VOILUTSequence[0])
+        shown = _scale(looked_up, 0, looked_up.max())
+    return values, shown
+
+
+def _look_up(values: Array, table: Dataset) -> Array:
+    """Return entries of a table of any number of bits, unlike pydicom (PS3.3 C.11.1.1)."""
+    count, data = table.LUTDescriptor[0] or 65_536, table.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "<u2" if table.original_encoding[1] else ">u2")
+    if len(data) < count:  # two of 8 bits in a word
+        data = np.array(data, "<u2").view(np.uint8)
+    places = (values - table.LUTDescriptor[1]).clip(0, count - 1).astype(int)
+    return np.asarray(np.take(data, places))
 
 
 def _dicom_warnings(header: Dataset) -> tuple[str, ...]:
-    polarity = header.PhotometricInterpretation, header.get("PresentationLUTShape")
-    if header.get("PresentationIntentType") == "FOR PROCESSING":
+    storage = getattr(header.get("SOPClassUID"), "name", "")
+    if "FOR PROCESSING" in f"{header.get('PresentationIntentType')}, {storage}".upper():
         return ("FOR PROCESSING: raw exposure, perhaps a negative",)
-    if polarity in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
+    polarity = f"{header.PhotometricInterpretation} {header.get('PresentationLUTShape')}"
+    if polarity in ("MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"):
         return ("PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative",)
     return ()
 
@@ -1375,12 +1396,15 @@ def unlike_radiograph(radiograph: Radiograph) -> str | None:
     if changing < steps.size / 2 and (steps > 32).sum() > changing / 4:
         return "screenshot-like: flat areas and hard edges"
     return None
+
+
 # ===== 4 data set =================================================================================
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
-CACHE_VERSION = 3  # raise it when decoding or resizing changes: older caches are then not used
+CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
+LAYOUT = "expected XR_*/patient*/study*_*/image*.png"
 BAD_FRACTION = 0.01  # more unreadable images than this stop a run, unless told to skip them
-LABEL_WORDS = {"0": 0, "normal": 0, "negative": 0, "1": 1, "abnormal": 1, "positive": 1}
+LABEL_WORDS = "0 1 normal abnormal negative positive".split()  # 0, 1, 0, 1, 0, 1
 
 
 @dataclass(frozen=True)
@@ -1412,30 +1436,22 @@ def find_data_root(folder: Path) -> Path:
     Raises:
         UserError: the folder is missing, or nothing like MURA is in it.
     """
-    wanted = "--data-dir wants the unpacked MURA-v1.1"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {wanted}")
-    children = [folder / name for name in subfolders(folder) if name[0] != "_"]  # no __MACOSX
-    grandchildren = [child / name for child in children for name in subfolders(child)]
-    for candidate in (folder, *children, *grandchildren):
+    below = [sorted(folder.glob(pattern)) for pattern in ("[!._]*", "[!._]*/[!.]*")]  # no __MACOSX
+    for candidate in (folder, *itertools.chain(*below)):
         if os.path.isdir(candidate / "train") or os.path.isdir(candidate / "valid"):
             return candidate
-    raise UserError(f"{folder}: neither it nor a folder in it holds train/ or valid/; {wanted}")
+    raise UserError(f"{folder}: no such folder, or neither it nor a folder in it holds train/ or "
+                    "valid/; --data-dir wants the unpacked MURA-v1.1")
 
 
-def list_folder(folder: Path | str, *, folders: bool) -> list[str]:
-    """Return the names in a folder in natural order, but hidden ones (AppleDouble).
+def _list_folder(folder: Path | str, *, folders: bool) -> list[str]:
+    """Return the names of the folders, or of the files, in a folder, in natural order.
 
-    A folder that may not be read, or a loop of links, is named and skipped.
-
-    Args:
-        folder: the folder.
-        folders: folders are wanted, else files.
+    Hidden ones (AppleDouble) are left out; what cannot be read, as a loop of links, is named.
     """
     names = []
     try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if entry.name[0] != "."]
+        visible = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
     except OSError as error:
         warn(f"{folder}: skipped, it cannot be read ({error.strerror})")
         return []
@@ -1448,35 +1464,30 @@ def list_folder(folder: Path | str, *, folders: bool) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-subfolders = partial(list_folder, folders=True)
-file_names = partial(list_folder, folders=False)
+subfolders = partial(_list_folder, folders=True)
+file_names = partial(_list_folder, folders=False)
 
 
 @lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
-def natural_key(text: str) -> list[tuple[int, str]]:
+def natural_key(text: str) -> str:
     """Return a sort key that puts image2 before image10.
 
     >>> sorted(["image10.png", "image2.png"], key=natural_key)
     ['image2.png', 'image10.png']
     """
-    pieces = re.split(r"(\d+)", text)
-    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in pieces]
+    padded = re.sub(r"\d+", lambda found: found[0].zfill(20), text)
+    return f"{padded}\0{text}"  # the text, since 1 and 01 are alike
 
 
-def read_table(path: Path) -> str:
-    """Return the text of a CSV file.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8 text.
-    """
+def _read_table(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error}); save it "
-                        "again") from error
+        why = f"cannot be read as CSV in UTF-8 ({error}); save it again"
+        raise UserError(f"{path}: {why}") from error
 
 
-def read_mura_list(path: Path, split: str) -> dict[str, str]:
+def _read_mura_list(path: Path, split: str) -> dict[str, str]:
     """Return what follows SPLIT/ in each path of one of MURA's lists, with the label behind it.
 
     A header line and a pandas index column are passed over. The label is "" in a list of images.
@@ -1485,12 +1496,11 @@ def read_mura_list(path: Path, split: str) -> dict[str, str]:
         UserError: a row is not `.../SPLIT/XR_PART/patient/study/...`, with 0 or 1 in a list of
             studies.
     """
-    if not path.is_file():
-        return {}
+    listed: dict[str, str] = {}
     label = r"\s*,\s*([01])" if "labeled_studies" in path.name else "()"
     row = re.compile(rf'(?:\d*,)?"?(?:[^,]*/)?{split}/([^,"]+/[^,"]+/[^,"]*[^,"/])/*"?{label}')
-    listed: dict[str, str] = {}
-    for number, line in enumerate(read_table(path).splitlines(), 1):
+    lines = _read_table(path).splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         text = line.replace("\\", "/").strip()
         if found := row.fullmatch(text):
             listed[found[1]] = found[2]
@@ -1500,75 +1510,65 @@ def read_mura_list(path: Path, split: str) -> dict[str, str]:
     return listed
 
 
-def choose_body_parts(present: Iterable[str], tasks: Sequence[str]) -> list[str]:
+def _choose_body_parts(present: Iterable[str], tasks: Sequence[str]) -> list[str]:
     """Return the body parts that --tasks names, with or without XR_ and in any case.
 
     Raises:
-        UserError: a task that is not present; the message lists those that are, and the nearest.
+        UserError: a task that is not present; the message lists those that are.
     """
     names = {part: part.upper().removeprefix("XR_") for part in sorted(present)}
     known = sorted(set(names.values()))
     wanted = [task.upper().removeprefix("XR_") for task in tasks] or known
     for task in wanted:
         if task not in known:
-            near = difflib.get_close_matches(task, known, 1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
             there = ", ".join(known) or "none"
-            raise UserError(f"--tasks {task}: no such body part; present are {there}{hint}")
+            raise UserError(f"--tasks {task}: no such body part; present are {there}")
     return [part for part, name in names.items() if name in wanted]
 
 
 def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     """Return the images of `root/split`: XR_*/patient*/study*/image*.
 
-    The label of a study is the one in SPLIT_labeled_studies.csv, else that of its folder's name
-    (_positive, _negative). Where SPLIT_image_paths.csv lists any, only the images in it count; they
-    are matched without their suffix.
+    A study's label is that in SPLIT_labeled_studies.csv, else its folder's name (_positive,
+    _negative). Where SPLIT_image_paths.csv lists any, by any suffix, only the listed images count.
 
     Raises:
-        UserError: no such folder, no image in it, an unknown body part, a list that is not MURA's.
+        UserError: no image, an unknown body part, a list that is not MURA's.
     """
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold XR_*/patient*/study*/image*.png")
+    top = root / split
     image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
-    listed = {os.path.splitext(name)[0] for name in read_mura_list(root / image_list, split)}
-    labels = read_mura_list(root / study_list, split)
-    parts = [name for name in subfolders(folder) if name.upper().startswith("XR_")]
-    parts = choose_body_parts(parts, tasks)
+    labels = _read_mura_list(root / study_list, split)
+    listed = {os.path.splitext(name)[0] for name in _read_mura_list(root / image_list, split)}
+    present = [name for name in subfolders(top) if name.upper().startswith("XR_")]
+    parts = _choose_body_parts(present, tasks)
     missing = {name for name in listed if name.partition("/")[0] in parts}
-    records: list[ImageRecord] = []
-    counts: Counter[str] = Counter()
-    for part, patient, study in walk_studies(folder, parts):
+    records, counts = list[ImageRecord](), Counter[str]()
+    for part, patient, study in _walk_studies(top, parts):
         key = f"{part}/{patient}/{study}"
         named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
         label = labels.get(key, named)
-        if named and named != label:
-            counts[f"studies are named otherwise than {study_list} says; the list counts"] += 1
-        if not label:
-            counts[f"studies have no label (neither in their name nor in {study_list}), left "
-                   "out"] += 1
-        for name in file_names(f"{folder}/{key}"):
-            full, bare = f"{key}/{name}", os.path.splitext(f"{key}/{name}")[0]
+        otherwise = f"studies are named otherwise than {study_list} says; the list counts"
+        counts[otherwise] += named not in ("", label)
+        for name in (f"{key}/{file}" for file in file_names(f"{top}/{key}")):
+            bare, suffix = os.path.splitext(name)
             missing.discard(bare)
-            if not name.lower().endswith(IMAGE_SUFFIXES) and not read_header(folder / full):
+            if suffix.lower() not in IMAGE_SUFFIXES and not read_header(top / name):
                 counts["files are no images, left out"] += 1
             elif listed and bare not in listed:
                 counts[f"images are not in {image_list}, left out"] += 1
-            elif label:
-                path = f"{folder}/{full}"
-                records.append(ImageRecord(path, full, part, patient, key, int(label)))
+            elif not label:
+                counts[f"images have no label in {study_list} or their study's name, left out"] += 1
+            else:
+                records.append(ImageRecord(f"{top}/{name}", name, part, patient, key, int(label)))
     counts[f"images of {image_list} are missing, such as {min(missing, default='')}"] = len(missing)
-    notes = [f"{folder}: {count} {text}" for text, count in counts.items() if count]
+    notes = [f"{top}: {count} {text}" for text, count in counts.items() if count]
     if not records:
-        reason = "; ".join(notes) or "expected XR_*/patient*/study*_*/image*.png"
-        raise UserError(f"{folder}: no images found; {reason}")
+        raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
     is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
-    return Scan(split, folder, tuple(records), tuple(notes), is_mura)
+    return Scan(split, top, tuple(records), tuple(notes), is_mura)
 
 
-def walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield the folder names (body part, patient, study) below `folder`, in natural order."""
+def _walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     for part in parts:
         for patient in subfolders(folder / part):
             for study in subfolders(f"{folder}/{part}/{patient}"):
@@ -1584,63 +1584,56 @@ def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
         tasks: body parts to use.
 
     Raises:
-        UserError: a wrong header, a missing file, an unknown label, two labels for one study; the
-            message names the line.
+        UserError: a wrong header, a missing file, an unknown label, two labels for one study, ...;
+            the message names the line.
     """
-    reader = csv.DictReader(io.StringIO(read_table(path)), restval="", restkey="more")
-    header = [name.strip().lower() for name in reader.fieldnames or ()]
-    reader.fieldnames = header
+    reader = csv.DictReader(io.StringIO(_read_table(path)), restval="", restkey="more")
+    header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
     if not {"path", "label"} <= set(header):
         raise UserError(f"{path}: line 1 must be a header with path,label and optionally "
                         "patient,study,body_part,view")
-    records: list[ImageRecord] = []
+    records: dict[str, ImageRecord] = {}
     labels: dict[str, int] = {}
     try:
-        rows = [(f"{path}: line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        where = f"{path}: line {reader.line_num}"
-        raise UserError(f"{where} cannot be read as CSV ({error}); save it again") from error
-    for where, row in rows:
-        record = label_record(row, where, folder)
-        if labels.setdefault(record.study, record.label) != record.label:
-            raise UserError(f"{where}: study {record.study} has two labels; correct one of them")
-        records.append(record)
-    parts = choose_body_parts({record.body_part for record in records}, tasks)
-    chosen = tuple(record for record in records if record.body_part in parts)
+        for row in reader:
+            record = _table_record(row, folder)
+            if record.path in records:
+                raise UserError(f"{record.name} is listed twice; delete one of the lines")
+            if labels.setdefault(record.study, record.label) != record.label:
+                raise UserError(f"study {record.study} has two labels; correct one of them")
+            records[record.path] = record
+    except (csv.Error, UserError) as error:
+        remedy = "" if isinstance(error, UserError) else "; it is no CSV here: save it again"
+        raise UserError(f"{path}: line {reader.line_num}: {error}{remedy}") from error
+    parts = _choose_body_parts({record.body_part for record in records.values()}, tasks)
+    chosen = [record for record in records.values() if record.body_part in parts]
     if not chosen:
         raise UserError(f"{path}: lists no image")
-    notes = [f"{path}: no {name} column: {effect}" for name, effect in (
-        ("patient", "each study is taken for a patient of its own: intervals are too narrow, and "
-         "the split may leak"),
-        ("study", "each image is a study of its own")) if name not in header]
-    return Scan(path.name, folder, chosen, tuple(notes))
+    effects = {
+        "patient": "each study is taken for a patient of its own: intervals are too narrow, and "
+                   "the split may leak",
+        "study": "each image is a study of its own"}
+    notes = [f"{path}: no {name} column: {effects[name]}" for name in effects if name not in header]
+    return Scan(path.name, folder, tuple(chosen), tuple(notes))
 
 
-def label_record(row: Mapping[str, str], where: str, folder: Path) -> ImageRecord:
-    """Return the image of one row of --labels."""
-    cells = {name: str(cell).strip() for name, cell in row.items()}
-    name = cells["path"] if os.name == "nt" else cells["path"].replace("\\", "/")
-    label = LABEL_WORDS.get(cells["label"].lower())
-    if label is None or "more" in cells:
-        raise UserError(f"{where}: label {cells['label']!r} is none of 0, 1, normal, abnormal, or "
-                        "there are more cells than in the header")
+def _table_record(row: Mapping[str, str], folder: Path) -> ImageRecord:
+    cells = defaultdict(str, {name: str(cell).strip() for name, cell in row.items()})
+    name, word = cells["path"].replace("\\", "/"), cells["label"].lower()
+    if word not in LABEL_WORDS or "more" in cells:
+        raise UserError(f"label {word!r} is none of 0, 1, normal, abnormal, or there are more "
+                        "cells than in the header")
     if not os.path.isfile(folder / name):
-        raise UserError(f"{where}: {folder / name}: no such file; --data-dir says what relative "
-                        "paths start from")
-    if cells.get("patient") == "":
-        raise UserError(f"{where}: names no patient; fill it in, or leave the column out")
-    study = cells.get("study") or name
-    patient = cells.get("patient") or study
-    part = cells.get("body_part") or "all"
-    key = study if patient == study else f"{patient}/{study}"
-    if part != "all":  # study1 of a patient's elbow is not study1 of the hand
-        key = f"{part}/{key}"
+        raise UserError(f"{folder / name}: no such file; --data-dir says what relative paths start "
+                        "from")
+    if "patient" in cells and not cells["patient"]:
+        raise UserError("names no patient; fill it in, or leave the column out")
+    study = cells["study"] or name
+    patient = cells["patient"] or study
+    part = cells["body_part"] or "all"
+    key = f"{part}/{patient}/{study}"  # study1 of a patient's elbow is not study1 of the hand
+    label = LABEL_WORDS.index(word) % 2
     return ImageRecord(str(folder / name), name, part, patient, key, label)
-
-
-def text_digest(text: str) -> str:
-    """Return the hexadecimal SHA-256 of a text; file names in it may hold any bytes."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
@@ -1648,14 +1641,19 @@ def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
     lines = [f"{name:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}  (abnormal)"]
     parts = sorted({record.body_part for record in records})
     for part in [*parts, "all"] if len(parts) > 1 else parts:
-        line = f"{'':<8}{part:<14}"
+        lines.append(f"{'':<8}{part:<14}")
+        chosen = [record for record in records if part in (record.body_part, "all")]
         for unit in ("path", "study", "patient"):
-            chosen = [record for record in records if part in (record.body_part, "all")]
-            every = len({getattr(record, unit) for record in chosen})
-            abnormal = len({getattr(record, unit) for record in chosen if record.label})
-            line += f"{f'{every} ({abnormal})':>16}"
-        lines.append(line)
+            every = {getattr(record, unit) for record in chosen}
+            abnormal = {getattr(record, unit) for record in chosen if record.label}
+            lines[-1] += f"{f'{len(every)} ({len(abnormal)})':>16}"
     return lines
+
+
+def _digest(content: str | bytes) -> str:
+    """Return 16 digits of the SHA-256 of pixels or a text; file names in it may hold any bytes."""
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def split_by_patient(
@@ -1674,7 +1672,7 @@ def split_by_patient(
     abnormal = {record.patient for record in records if record.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: text_digest(f"{seed}/{name}"))
+        names = sorted(kind, key=lambda name: _digest(f"{seed}/{name}"))
         count = max(1, round(fraction * len(names)))
         val.update(names[:-1][:count])  # the last one stays in train
     if not val:
@@ -1684,75 +1682,16 @@ def split_by_patient(
     return train, [record for record in records if record.patient in val]
 
 
-class CachedImage(NamedTuple):
-    """What the cache knows of an image besides its pixels."""
-
-    name: str = ""
-    signature: str = ""  # size and time of change of its file when it was decoded
-    checksum: str = ""  # of its pixels
-    error: str = ""  # why it could not be decoded; its pixels are black
-
-
-@dataclass(frozen=True)
-class CacheFile:
-    """Decoded images of one body part of one split: PATH.npy, (n, S, S) uint8, and PATH.json."""
-
-    path: Path  # the .npy
-    size: int  # S, pixels
-    resize: str
-    records: tuple[ImageRecord, ...]  # in the order of the rows
-    rows: list[CachedImage]
-
-    @property
-    def errors(self) -> dict[str, str]:
-        """The images that could not be decoded, name -> why."""
-        return {row.name: row.error for row in self.rows if row.error}
-
-
-def file_signature(path: str) -> str:
-    """Return what changes when a file's content does: its size and time of change."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return "absent"
-    return f"{status.st_size}|{status.st_mtime_ns}"
-
-
-def pixel_checksum(pixels: Pixels) -> str:
-    """Return a checksum by which damaged rows and identical images are recognised (64 bits)."""
-    return hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()
-
-
-def open_cache_file(
-    folder: Path, records: Sequence[ImageRecord], size: int, resize: str
-) -> CacheFile:
-    """Return the cache of some images; what is not there, or not sound, has empty rows."""
-    names = [record.name for record in records]
-    key = text_digest("\n".join([f"{CACHE_VERSION}", *names]))
-    part = re.sub(r"[^\w-]", "_", records[0].body_part)
-    path = folder / f"{part}-{size}-{resize}-{key[:16]}.npy"
-    empty = [CachedImage()] * len(names)
-    try:
-        rows = [CachedImage(*row) for row in json.loads(path.with_suffix(".json").read_bytes())]
-        shape = np.load(path, mmap_mode="r").shape
-    except Exception:  # absent or damaged; numpy reads its header with Python's own parser
-        return CacheFile(path, size, resize, tuple(records), empty)
-    sound = [row.name for row in rows] == names and shape == (len(names), size, size)
-    return CacheFile(path, size, resize, tuple(records), rows if sound else empty)
-
-
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
 ) -> Iterator[Any]:
     """Yield function(item) in order, computed in threads at most `ahead` in advance."""
-    waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(workers) as pool:
+        futures = (pool.submit(function, item) for item in items)
+        waiting = deque(itertools.islice(futures, ahead))
         try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
             while waiting:
+                waiting.extend(itertools.islice(futures, 1))
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -1760,9 +1699,8 @@ def map_ahead(
 
 def core_count() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def letterbox_box(height: int, width: int, size: int, resize: str) -> Box:
@@ -1787,68 +1725,115 @@ def resize_square(pixels: Pixels, size: int, resize: str) -> Pixels:
     # Pillow widens the filter with the reduction; the gap averages large images in blocks first
     content = Image.fromarray(pixels).resize(
         (right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    square = np.zeros((size, size), np.uint8)
-    square[top:bottom, left:right] = np.asarray(content)
-    return square
+    square = Image.new("L", (size, size))
+    square.paste(content, (left, top))
+    return np.array(square)
 
 
-def decode_square(record: ImageRecord, size: int, resize: str) -> tuple[CachedImage, Pixels]:
-    """Return one image as (size, size) uint8, black where it cannot be decoded."""
-    square, error = np.zeros((size, size), np.uint8), ""
-    signature = file_signature(record.path)
+class CachedImage(NamedTuple):
+    """A decoded image: a row of PATH.npy, (n, S, S) uint8, with what PATH.json knows of it."""
+
+    record: ImageRecord
+    path: Path  # the .npy
+    row: int
+    signature: str = ""  # size and time of change of the image's file when it was decoded
+    checksum: str = ""  # of the pixels; "" if they are still to be decoded
+    error: str = ""  # why it could not be decoded; its pixels are black
+
+
+def open_cache(scan: Scan, size: int, resize: str, folder: Path) -> list[list[CachedImage]]:
+    """Return the images of a split, those of a body part together, as the cache has them."""
+    opened = []
+    for part in sorted({record.body_part for record in scan.records}):
+        records = [record for record in scan.records if record.body_part == part]
+        key = _digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
+        name = re.sub(r"[^\w-]", "_", f"{part}-{size}-{resize}-{key}")
+        path = folder / f"{name}.npy"
+        try:
+            rows = json.loads(path.with_suffix(".json").read_bytes())
+            squares = np.asarray(np.load(path, mmap_mode="r")).reshape(-1, size, size)
+            known = enumerate(zip(records, rows, squares, strict=True))
+            images = [_checked(CachedImage(record, path, i, *row), square)
+                      for i, (record, row, square) in known]
+        except Exception:  # absent or damaged
+            images = [CachedImage(record, path, i) for i, record in enumerate(records)]
+        opened.append(images)
+    return opened
+
+
+def _checked(image: CachedImage, square: Pixels) -> CachedImage:
+    """Return what the cache knows of an image, or nothing if its file or its copy has changed."""
+    if image.signature == _signature(image.record.path):
+        if image.checksum == _digest(square.tobytes()):
+            return image
+        warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
+    return CachedImage(*image[:3])
+
+
+def _signature(path: str) -> str:
+    """Return what changes when a file's content does: its size and time of change."""
+    with OPTIONAL:
+        status = os.stat(path)
+        return f"{status.st_size}|{status.st_mtime_ns}"
+    return "absent"
+
+
+def decode_scan(
+    scan: Scan, size: int, resize: str, folder: Path, workers: int
+) -> list[CachedImage]:
+    """Return the cached images of a split; what the cache does not have is decoded.
+
+    Raises:
+        UserError: the cache folder is full or cannot be written.
+    """
+    sweep_temporaries(folder)
+    workers = workers or core_count()
+    decode = partial(_decode_image, size=size, resize=resize)
+    parts = open_cache(scan, size, resize, folder)
+    with Progress(len(scan.records), f"decode {scan.split}") as bar:
+        for images in parts:
+            todo = [image for image in images if not image.checksum]
+            bar.update(len(images) - len(todo))
+            if todo:
+                _write_part(images, size, map_ahead(decode, todo, workers, 8 * workers), bar)
+    return list(itertools.chain(*parts))
+
+
+def _write_part(
+    images: list[CachedImage], size: int, decoded: Iterable[tuple[CachedImage, Pixels]],
+    bar: Progress,
+) -> None:
+    """Write decoded images into the cache of a body part, and put them into `images`."""
+    path, is_new = images[0].path, not any(image.checksum for image in images)
     try:
-        square = resize_square(read_radiograph(Path(record.path)).pixels, size, resize)
+        with temporary_file(path) if is_new else contextlib.nullcontext(path) as target:
+            if is_new:
+                np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
+            with target.open("r+b") as file:
+                for image, square in decoded:
+                    file.seek((image.row - len(images)) * square.size, os.SEEK_END)
+                    file.write(square.tobytes())
+                    images[image.row] = image
+                    bar.update()
+    except OSError as error:
+        raise unwritable(path, error) from error
+    rows = [image[3:] for image in images]
+    atomic_write(path.with_suffix(".json"), json_text(rows))  # last: now the rows count
+
+
+def _decode_image(image: CachedImage, size: int, resize: str) -> tuple[CachedImage, Pixels]:
+    """Return what the cache is to know of an image, and its square, black if it is unreadable."""
+    square, error = np.zeros((size, size), np.uint8), ""
+    signature = _signature(image.record.path)
+    try:
+        square = resize_square(read_radiograph(Path(image.record.path)).pixels, size, resize)
     except BadImage as problem:
         error = str(problem)
         from_system = getattr(problem.__cause__, "errno", None)  # decoders' own errors have none
         if "pip install" in error or from_system:
             signature = ""  # it may become readable without a change
-    return CachedImage(record.name, signature, pixel_checksum(square), error), square
-
-
-def fill_cache(cache: CacheFile, workers: int, bar: Progress) -> None:
-    """Decode the images that are not in the cache, or whose file has changed.
-
-    Raises:
-        UserError: the cache folder is full or cannot be written.
-    """
-    pairs = enumerate(zip(cache.records, cache.rows, strict=True))
-    todo = [i for i, (record, row) in pairs if row.signature != file_signature(record.path)]
-    bar.update(len(cache.rows) - len(todo))
-    if not todo:
-        return
-    try:
-        if len(todo) < len(cache.rows):
-            decode_rows(cache, np.load(cache.path, mmap_mode="r+"), todo, workers, bar)
-        else:
-            with temporary_file(cache.path) as temporary:
-                decode_rows(cache, create_array(temporary, cache), todo, workers, bar)
-    except OSError as error:
-        raise unwritable(cache.path, error) from error
-    atomic_write(cache.path.with_suffix(".json"), json_text(cache.rows))  # last: now rows count
-
-
-def create_array(path: Path, cache: CacheFile) -> Array:
-    """Return a new memory-mapped array of a cache file's shape; OSError on a full disk."""
-    shape = len(cache.rows), cache.size, cache.size
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):  # else writing to a full disk would end the process
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
-
-
-def decode_rows(
-    cache: CacheFile, array: Array, todo: Sequence[int], workers: int, bar: Progress
-) -> None:
-    """Decode some images into the rows of the array."""
-    decode = partial(decode_square, size=cache.size, resize=cache.resize)
-    records = [cache.records[i] for i in todo]
-    decoded = map_ahead(decode, records, workers, 8 * workers)
-    for i, (row, square) in zip(todo, decoded, strict=True):
-        cache.rows[i], array[i] = row, square
-        bar.update()
-    array.flush()  # type: ignore[attr-defined]
+    checksum = _digest(square.tobytes())
+    return image._replace(signature=signature, checksum=checksum, error=error), square
 
 
 def cache_folder(config: Config, root: Path) -> Path:
@@ -1859,44 +1844,25 @@ def cache_folder(config: Config, root: Path) -> Path:
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = home / PROGRAM / text_digest(str(root.resolve()))[:12]
+    folder = home / PROGRAM / _digest(str(root.resolve()))
     warn(f"{root}: is read-only; the cache is in {folder} (--cache-dir chooses)")
     return folder
 
 
-def open_caches(scan: Scan, size: int, resize: str, folder: Path) -> list[CacheFile]:
-    """Return the cache files of a split, one a body part, as far as they are there."""
-    by_part: defaultdict[str, list[ImageRecord]] = defaultdict(list)
-    for record in scan.records:
-        by_part[record.body_part].append(record)
-    return [open_cache_file(folder, by_part[part], size, resize) for part in sorted(by_part)]
-
-
-def decode_scan(scan: Scan, size: int, resize: str, folder: Path, workers: int) -> list[CacheFile]:
-    """Return the cache files of a split, one a body part; what is not there is decoded."""
-    sweep_temporaries(folder)
-    caches = open_caches(scan, size, resize, folder)
-    with Progress(len(scan.records), f"decode {scan.split}") as bar:
-        for cache in caches:
-            fill_cache(cache, workers or core_count(), bar)
-    return caches
-
-
 def report_bad_images(
-    scan: Scan, caches: Sequence[CacheFile], on_bad_image: str | None
+    scan: Scan, images: Sequence[CachedImage], on_bad_image: str | None
 ) -> dict[str, str]:
     """Return the unreadable images, name -> why, and warn of them: their count, the first ten.
 
     Raises:
         UserError: with --on-bad-image stop, where more than 1 % are unreadable, or all.
     """
-    errors = {name: why for cache in caches for name, why in cache.errors.items()}
+    errors = {image.record.name: image.error for image in images if image.error}
     for name in list(errors)[:10]:
         warn(f"{scan.folder / name}: {errors[name]}")
-    total = len(scan.records)
-    text = f"{len(errors)} of {total} images below {scan.folder} cannot be read (see above)"
-    too_many = on_bad_image is None and len(errors) > BAD_FRACTION * total
-    if errors and (on_bad_image == "stop" or too_many or len(errors) == total):
+    text = f"{len(errors)} of {len(images)} images below {scan.folder} cannot be read (see above)"
+    too_many = on_bad_image is None and len(errors) > BAD_FRACTION * len(images)
+    if errors and (on_bad_image == "stop" or too_many or len(errors) == len(images)):
         skip = ", or add --on-bad-image skip" if too_many else ""
         raise UserError(f"{text}; replace or remove them{skip}", EXIT_FAILED)
     if errors:
@@ -1907,38 +1873,29 @@ def report_bad_images(
 class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     """Radiographs as (image, label): image (1, S, S) uint8, label 0 normal or 1 abnormal.
 
-    A batch is one gather from the memory-mapped cache: `batch(indices)`, which
-    `torch.utils.data.DataLoader` reaches through `__getitems__`. It can be pickled to a worker
-    process. Each image's checksum is verified when it is first read; a damaged one is decoded
-    again.
+    Pixels are read from the memory-mapped cache. It can be pickled to a worker process.
 
     Args:
-        caches: what `decode_scan` returned.
-        records: the images to use (default: all); unreadable ones are left out.
+        images: what `decode_scan` returned; unreadable ones are left out.
+        records: the images to use, default all.
         transform: applied to each image, if given.
     """
 
     def __init__(
-        self, caches: Sequence[CacheFile], records: Sequence[ImageRecord] | None = None,
+        self, images: Iterable[CachedImage], records: Iterable[ImageRecord] | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        self.caches, self.transform = tuple(caches), transform
-        places: dict[str, tuple[int, int]] = {}
-        for number, cache in enumerate(caches):
-            places |= {row.name: (number, i) for i, row in enumerate(cache.rows) if not row.error}
-        if records is None:
-            records = [record for cache in caches for record in cache.records]
-        self.records = tuple(record for record in records if record.name in places)
+        readable = {image.record.name: image for image in images if not image.error}
+        names = readable if records is None else [record.name for record in records]
+        self.images = [readable[name] for name in names if name in readable]
+        self.records = tuple(image.record for image in self.images)
         self.labels = np.array([record.label for record in self.records], np.int64)
-        self.places = [places[record.name] for record in self.records]
-        self.verified = np.zeros(len(self.records), bool)
-        self.arrays: dict[int, Array] = {}
+        self.transform, self.arrays = transform, dict[Path, Array]()
 
     @classmethod
     def from_folder(
         cls, data_dir: str | Path, split: str = "train", tasks: Sequence[str] = (), size: int = 320,
         resize: str = "stretch", transform: Callable[[Tensor], Any] | None = None,
-        cache_dir: str | Path | None = None,
     ) -> MuraDataset:
         """Return the images of DATA_DIR/SPLIT, cached as on the command line.
 
@@ -1949,76 +1906,31 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         scan = scan_split(root, split, tasks)
         for note in scan.notes:
             warn(note)
-        folder = Path(cache_dir) if cache_dir else cache_folder(Config(), root)
-        caches = decode_scan(scan, size, resize, folder, 0)
-        report_bad_images(scan, caches, "skip")
-        return cls(caches, transform=transform)
+        images = decode_scan(scan, size, resize, cache_folder(Config(), root), 0)
+        report_bad_images(scan, images, "skip")
+        return cls(images, transform=transform)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        """Return the items of a whole batch; the DataLoader calls this."""
-        images: Iterable[Any] = self.batch(np.asarray(indices))
-        if self.transform:
-            images = map(self.transform, images)
-        return list(zip(images, self.labels[indices].tolist(), strict=True))
+        image = self.batch(np.array([index]))[0]
+        return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def __getstate__(self) -> Content:
         return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
 
     def batch(self, indices: Array) -> Tensor:
-        """Return images, (B, 1, S, S) uint8.
-
-        Raises:
-            UserError: an image in the cache is damaged and its file cannot be read any more.
-        """
-        pixels = np.stack([self.pixels(i) for i in indices.tolist()])
-        for k, i in enumerate(indices.tolist()):
-            if not self.verified[i] and pixel_checksum(pixels[k]) != self.checksum(i):
-                pixels[k] = self.repair(i)
-        self.verified[indices] = True
-        return torch.from_numpy(pixels)[:, None]
-
-    def pixels(self, index: int) -> Pixels:
-        """Return an image's row of the memory-mapped array."""
-        number, row = self.places[index]
-        if number not in self.arrays:
-            path = self.caches[number].path
-            try:
-                self.arrays[number] = np.load(path, mmap_mode="r")
-            except Exception as error:
-                raise UserError(f"{path}: cannot be opened any more; run again, which decodes "
-                                "again",
-                                EXIT_FAILED) from error
-        return np.asarray(self.arrays[number][row])
-
-    def checksum(self, index: int) -> str:
-        """Return the checksum of an image's pixels as they were decoded."""
-        number, row = self.places[index]
-        return self.caches[number].rows[row].checksum
-
-    def repair(self, index: int) -> Pixels:
-        """Return a damaged image decoded again, which is also put back into the cache."""
-        number, row = self.places[index]
-        cache, record = self.caches[number], self.records[index]
-        warn(f"{cache.path}: damaged at {record.name}, which is decoded again")
-        found, square = decode_square(record, cache.size, cache.resize)
-        if found.error:
-            raise UserError(f"{record.path}: {found.error}; its copy in {cache.path} is damaged: "
-                            "restore the image, or delete the copy", EXIT_FAILED)
-        with contextlib.suppress(OSError):  # a read-only cache stays as it is
-            np.load(cache.path, mmap_mode="r+")[row] = square
-        return square
+        """Return images, (B, 1, S, S) uint8."""
+        chosen = [self.images[i] for i in indices.tolist()]
+        for path in {image.path for image in chosen} - self.arrays.keys():
+            self.arrays[path] = np.load(path, mmap_mode="r")
+        return torch.from_numpy(np.stack([self.arrays[i.path][i.row] for i in chosen]))[:, None]
 
     def fingerprint(self) -> str:
         """Return a digest of names, labels and pixels, which tells this set from any other."""
-        lines = [f"{record.name},{record.label},{self.checksum(i)}\n"
-                 for i, record in enumerate(self.records)]
-        return text_digest("".join(lines))[:16]
+        lines = [f"{r.name},{r.label},{checksum}\n" for r, *_, checksum, _ in self.images]
+        return _digest("".join(lines))
 
 
 def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
@@ -2028,8 +1940,7 @@ def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
     """
     if asked:
         return asked
-    chosen = records[:: max(1, -(-len(records) // 200))]
-    headers = [read_header(Path(record.path)) for record in chosen]
+    headers = [read_header(Path(record.path)) for record in records[:: len(records) // 200 + 1]]
     longest = max((max(found.width, found.height) for found in headers if found), default=320)
     return min(320, max(64, -(-longest // 32) * 32))
 
@@ -2044,21 +1955,17 @@ def find_duplicates(datasets: Mapping[str, MuraDataset]) -> tuple[list[str], dic
         A clause for each kind: under different patients, in several splits, with contradicting
         labels; and by split the names of images in several splits or with contradicting labels.
     """
-    groups: defaultdict[str, list[tuple[str, ImageRecord]]] = defaultdict(list)
+    groups: defaultdict[str, list[Content]] = defaultdict(list)
     for split, dataset in datasets.items():
-        for i, record in enumerate(dataset.records):
-            groups[dataset.checksum(i)].append((split, record))
+        for image in dataset.images:
+            groups[image.checksum].append({"split": split, **vars(image.record)})
     clauses, concerned = [], defaultdict(set)
     for kind in ("patient", "split", "label"):
-        found = []
-        for group in groups.values():
-            values = {split if kind == "split" else getattr(r, kind) for split, r in group}
-            if len(values) > 1:
-                found.append(" = ".join(record.name for _, record in group))
-                for split, record in group if kind != "patient" else ():
-                    concerned[split].add(record.name)
+        found = [group for group in groups.values() if len({one[kind] for one in group}) > 1]
+        for one in itertools.chain(*found) if kind != "patient" else ():
+            concerned[one["split"]].add(one["name"])
         if found:
-            first = "; ".join(found[:10])
+            first = "; ".join(" = ".join(one["name"] for one in group) for group in found[:10])
             clauses.append(f"{len(found)} pixel-identical images differ in their {kind}: {first}")
     return clauses, dict(concerned)
 
@@ -3514,9 +3421,8 @@ class Trainer:
         """Return the network as it is now, as prediction takes it."""
         config = self.config
         return LoadedModel(
-            config.checkpoint[0], self.network, self.normalization,
-            self.train_set.caches[0].size, config.resize, bool(config.tta), **self.facts,
-            **calibration)
+            config.checkpoint[0], self.network, self.normalization, config.image_size or 0,
+            config.resize, bool(config.tta), **self.facts, **calibration)
 
     def end_epoch(self, logits: Floats) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -4241,10 +4147,11 @@ def evaluate_ensemble(
         signals: heard between two batches, too.
         training: the images of training, if known, to be told from the evaluated ones.
     """
-    data = [MuraDataset(shared_decode(scan, model.shape, cache, config, distributed))
-            for model in ensemble.models]
+    decoded = [shared_decode(scan, model.shape, cache, config, distributed)
+               for model in ensemble.models]
+    bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
+    data = [MuraDataset(images) for images in decoded]
     first = data[0]
-    bad_images = report_bad_images(scan, first.caches, config.on_bad_image)
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
@@ -4918,8 +4825,8 @@ def scan_data(config: Config, split: str) -> tuple[Scan, Path]:
 
 def shared_decode(
     scan: Scan, shape: Shape, folder: Path, config: Config, distributed: Distributed
-) -> list[CacheFile]:
-    """Return the cache files of a scan; one process of each machine decodes, the others wait."""
+) -> list[CachedImage]:
+    """Return the decoded images of a scan; one process of each machine decodes, the others wait."""
     key, builds = f"{scan.split}-{shape}", distributed.local_rank == 0
     if not builds:
         distributed.wait_for_decoding(key)
@@ -4938,9 +4845,9 @@ def evaluate_command(config: Config, signals: StopSignals) -> int:
     training = None
     if scan.split == "valid" and (scan.folder.parent / "train").is_dir():
         train = scan_split(scan.folder.parent, "train", config.tasks)
-        caches = open_caches(train, *ensemble.models[0].shape, cache)
-        if all(row.checksum for found in caches for row in found.rows):  # else it would take long
-            training = MuraDataset(caches)
+        images = list(itertools.chain(*open_cache(train, *ensemble.models[0].shape, cache)))
+        if all(image.checksum for image in images):  # else it would take long
+            training = MuraDataset(images)
     evaluate_ensemble(config, ensemble, scan, cache, distributed, signals, training)
     return EXIT_DONE
 
