@@ -77,13 +77,9 @@ HINTS = {  # for flags that people try
 
 
 def option(modes: str, default: object, kind: Content, text: str) -> Any:
-    """Declare a flag as a field of Config.
+    """Declare a flag as a field of Config, refused in other modes than these letters of MODES.
 
-    Args:
-        modes: letters of MODES in which it has an effect; it is refused in the others.
-        default: its value where it is not given.
-        kind: arguments of add_argument: what values it takes.
-        text: its line in --help; what stands before a semicolon is enough for -h.
+    `kind` holds arguments of add_argument: the values it takes; -h shows `text` up to a semicolon.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
@@ -103,24 +99,19 @@ def number(low: float, high: float = 10**6) -> Content:
     kind = type(low)
 
     def parse(text: str) -> float:
-        """Parse one value; argparse prints the error."""
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            limits = f"{kind.__name__} from {low:g} to {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is no {limits}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no {kind.__name__} from {low:g} to {high:.10g}")
 
     return {"type": parse, "metavar": "N" if kind is int else "X"}
 
 
 def form(pattern: str, forms: str, metavar: str) -> Content:
-    """Return the kind of a text of one of some forms; one that is a probability becomes a float."""
+    """Return the kind of a text that matches a pattern; a probability becomes a float."""
 
     def parse(text: str) -> float | str:
-        """Parse one value; argparse prints the error."""
         if not re.fullmatch(pattern, text):
             raise argparse.ArgumentTypeError(f"{text!r} is none of {forms}")
         return float(text) if re.fullmatch(PROBABILITY, text) else text
@@ -326,16 +317,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def help_text(item: Any, *, short: bool) -> str:
-    """Return a flag's line in --help with its default, or that of -h, which hides most flags."""
-    text, default = str(item.metadata["help"]), item.default
-    if short:
-        return text.partition(";")[0] if item.name in SHORT_HELP else argparse.SUPPRESS
-    if default in (None, ()) or default is False:
-        return text
-    return f"{text} (default: {default[0] if isinstance(default, tuple) else default})"
-
-
 def build_parser(*, short: bool = False) -> Parser:
     """Return the parser made from Config; with `short` its help holds the few flags of -h."""
     head, examples, *_ = (__doc__ or "").split("\n\n")
@@ -349,9 +330,13 @@ def build_parser(*, short: bool = False) -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     group: Any = parser
     for item in OPTIONS:
+        text, default = item.metadata["help"], item.default
+        if short:
+            text = text.partition(";")[0] if item.name in SHORT_HELP else argparse.SUPPRESS
+        elif default is not False and default not in (None, ()):
+            text += f" (default: {default[0] if isinstance(default, tuple) else default})"
         if item.name in GROUPS and not short:
             group = parser.add_argument_group(GROUPS[item.name])
-        text = help_text(item, short=short)
         group.add_argument(flag_of(item.name), help=text, **item.metadata["kind"])
     return parser
 
@@ -465,14 +450,13 @@ Shape = tuple[int, str]  # side in pixels and --resize of a network's input
 
 # ===== 2 console and files ========================================================================
 
-PEER_TIMEOUT = timedelta(minutes=10)  # a process that hangs or has died ends the others after this
 TEMPORARY = f".{PROGRAM}.{{}}.tmp"  # name of a file that is being written
 
 
 class SafeStream:
     """A text stream whose failure (terminal gone, disk full, pipe closed) does not end the work.
 
-    After the first failure all further output goes nowhere; `lost` says whether any was missed.
+    What comes afterwards goes nowhere; `lost` says whether any output was missed.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -628,7 +612,7 @@ class Distributed:
         if is_distributed():
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
             self.rank, self.world_size, self.local_rank = (int(os.environ[n]) for n in names)
-        self.patient: Any = None  # the group that waits for decoding
+        self.slow_group: Any = None  # waits for decoding
 
     def start(self, device: torch.device) -> None:
         """Join the other processes: NCCL on CUDA, gloo elsewhere."""
@@ -636,8 +620,9 @@ class Distributed:
             is_cuda = device.type == "cuda"
             if is_cuda:
                 torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current one
-            dist.init_process_group("nccl" if is_cuda else "gloo", timeout=PEER_TIMEOUT)
-            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            peers = timedelta(minutes=10)  # a process that hangs ends the others after this
+            dist.init_process_group("nccl" if is_cuda else "gloo", timeout=peers)
+            self.slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -647,7 +632,7 @@ class Distributed:
     def wait_for_decoding(self) -> None:
         """Wait for all processes, for as long as decoding may take."""
         if self.world_size > 1:
-            arrival = dist.barrier(self.patient, async_op=True)
+            arrival = dist.barrier(self.slow_group, async_op=True)
             while not arrival.is_completed():  # its `wait` would not hear a signal
                 time.sleep(0.2)
 
@@ -673,11 +658,7 @@ class Distributed:
                 dist.broadcast(buffer, 0)
 
     def require_shared(self, file: Path) -> None:
-        """Check that all processes see a file that rank 0 has made.
-
-        Raises:
-            UserError: some machine does not.
-        """
+        """Raise UserError where some machine does not see a file that rank 0 has made."""
         if not all(self.gather([file.exists()])):
             raise UserError(f"{file.parent}: is not shared by all machines; --checkpoint must be "
                             "in a folder that they share", EXIT_FAILED)
@@ -724,11 +705,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is whole; before, the old one stays.
-
-    Raises:
-        UserError: no space, no permission, not a folder.
-    """
+    """Write a file whole or not at all; UserError where there is no space or no permission."""
     try:
         with temporary_file(path) as temporary:
             temporary.write_bytes(content)
@@ -787,11 +764,7 @@ def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
 
 @contextlib.contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold a lock on a run's files that dies with its process, so a crash leaves none behind.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold a lock that dies with the process; UserError where another process has it."""
     require_writable(path)
     with path.open("ab") as file:
         try:
@@ -830,10 +803,10 @@ def file_digest(path: Path) -> str:
 
 
 def read_checkpoint(path: Path, kind: str) -> Content:
-    """Return the content of a file of this program: "model" (STEM.pth) or "state" (STEM.last.pth).
+    """Return the content of a "model" (STEM.pth) or a "state" (STEM.last.pth) of this program.
 
     Raises:
-        UserError: missing, damaged, or something else.
+        UserError: it is something else, or as of `read_weights`.
     """
     content = read_weights(path, "--checkpoint wants the .pth file that training wrote")
     if content.get("format") != PROGRAM or content.get("kind") != kind:
@@ -5439,12 +5412,9 @@ def load(
     ('abnormal', 0.93)
 
     Args:
-        checkpoints: files that training wrote.
+        checkpoints: files that training wrote; UserError where one cannot be loaded.
         device: as --device.
         threshold: abnormal above this probability (default: the models').
-
-    Raises:
-        UserError: a file cannot be loaded.
     """
     config = Config(checkpoint=tuple(map(Path, checkpoints)), device=device)
     ensemble = load_ensemble(config, choose_precision(choose_device(device), config.precision))

@@ -375,7 +375,7 @@ def test_a_stopped_run_names_the_command_that_goes_on(
     out = capsys.readouterr().out
     assert "resumed from" in out and f"epoch {done + 1}/900" in out
     first, second = (asdict(config) for config in configs)
-    assert {name for name in first if first[name] != second[name]} == {"resume", "given"}
+    assert {name for name in first if first[name] != second[name]} == {"resume", "given", "command"}
     epochs = [int(row["epoch"]) for row in rows_of(history)]
     assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) > done
 

@@ -1240,7 +1240,7 @@ def test_temporary_files_of_killed_runs_are_swept(complete: bool, root: Path) ->
     if not complete:
         cache.path.with_suffix(".json").unlink()
     old, young = (
-        cache.path.with_name(f".{cache.path.name}.{name}.tmp") for name in ("0a1b", "2c3d")
+        cache.path.with_name(mura.TEMPORARY.format(name * 6)) for name in ("0a", "2c")
     )
     for file, hours in ((old, 3), (young, 0)):
         file.write_bytes(b"part")
