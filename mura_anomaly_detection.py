@@ -30,6 +30,7 @@ and main. Nothing below a block is needed to understand it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import math
@@ -84,12 +85,12 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
 
-def path(metavar: str) -> Content:
+def path_to(metavar: str) -> Content:
     """Return the kind of a path; `metavar` shows the suffix that it wants."""
     return {"type": Path, "metavar": metavar}
 
 
-def choice(names: str) -> Content:
+def one_of(names: str) -> Content:
     """Return the kind of one of some names, which spaces divide."""
     return {"choices": names.split()}
 
@@ -108,7 +109,7 @@ def number(low: float, high: float = 10**6) -> Content:
     return {"type": parse, "metavar": "N" if kind is int else "X"}
 
 
-def form(pattern: str, forms: str, metavar: str) -> Content:
+def matching(pattern: str, forms: str, metavar: str) -> Content:
     """Return the kind of a text that matches a pattern; a probability becomes a float."""
 
     def parse(text: str) -> float | str:
@@ -125,10 +126,10 @@ COUNT_OR_OFF = number(0)
 UNIT = number(0.0, 1.0)  # 0 and 1 included
 INSIDE = number(1e-6, 1 - 1e-6)  # and excluded
 RATE = number(0.0, 10.0)
-NORMALIZATION = form(
+NORMALIZATION = matching(
     f"imagenet|dataset|image|(0|1|{PROBABILITY}),(1|{PROBABILITY})",
     "imagenet, dataset, image, MEAN,STD (such as 0.2,0.18)", "KIND")
-THRESHOLD = form(
+THRESHOLD = matching(
     f"auto|((sens|spec)=)?{PROBABILITY}", "auto, sens=P, spec=P, P (such as 0.5)", "P")
 SWITCH = {"action": "store_true"}
 SEVERAL = {"nargs": "+", "action": "extend"}
@@ -152,14 +153,14 @@ class Config:
     """All options: each hyper-parameter stands here once, with unit and source."""
 
     data_dir: Path | None = option(
-        "TE", None, path("DIR"), "folder with train/ and valid/, or a parent of it; with --labels, "
-        "root of relative paths")
+        "TE", None, path_to("DIR"), "folder with train/ and valid/, or a parent of it; with "
+        "--labels, root of relative paths")
     checkpoint: tuple[Path, ...] = option(
-        "TEPXD", (Path("mura_model.pth"),), path("FILE.pth") | SEVERAL, "model file: training "
+        "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file: training "
         "writes it, the other modes read it; several are an ensemble")
     cache_dir: Path | None = option(
-        "TED", None, path("DIR"), "folder of decoded images (default: .mura_cache in --data-dir, "
-        "or the user's cache folder where that is read-only)")
+        "TED", None, path_to("DIR"), "folder of decoded images (default: .mura_cache in "
+        "--data-dir, or the user's cache folder where that is read-only)")
     resume: str | bool | None = option(
         "T", None, {"nargs": "?", "const": True, "choices": ("auto",), "metavar": "auto"},
         "continue from STEM.last.pth, with its settings; `auto` starts a new run without it")
@@ -170,7 +171,7 @@ class Config:
         "TE", (), SEVERAL | {"metavar": "PART"}, "body parts to use, with or without XR_ (default: "
         "all)")
     labels: Path | None = option(
-        "TE", None, path("FILE.csv"), "a table instead of MURA's folders: path,label and "
+        "TE", None, path_to("FILE.csv"), "a table instead of MURA's folders: path,label and "
         "optionally patient,study,body_part,view")
     val_split: float = option(
         "TD", 0.2, INSIDE, "fraction of the patients of train/ kept for validation")
@@ -178,22 +179,22 @@ class Config:
         "TD", None, number(64, 2048), "side of the network's square input, pixels (default: the "
         "paper's 320, or the longest side of the images where that is less)")
     resize: str = option(
-        "TD", "stretch", choice("stretch letterbox"), "how an image becomes square: stretch "
+        "TD", "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch "
         "(paper), or letterbox, which keeps the aspect ratio")
     normalization: str = option(
         "TD", "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), "
         "image (of each image) or MEAN,STD")
     on_bad_image: str | None = option(
-        "TE", None, choice("skip stop"), "what to do after listing unreadable images (default: "
+        "TE", None, one_of("skip stop"), "what to do after listing unreadable images (default: "
         "skip, but stop if more than 1 %% are)")
     drop_duplicates: bool = option(
         "TE", False, SWITCH, "leave test images out that are also in training, or have "
         "contradicting labels (default: only report them)")
     model: str = option(
-        "TD", "densenet169", choice("densenet169 resnet50"), "architecture; --weights with a file "
+        "TD", "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file "
         "of this program brings its own")
     recipe: str = option(
-        "T", "default", choice("default paper"), "values of flags that are not given: as shown "
+        "T", "default", one_of("default paper"), "values of flags that are not given: as shown "
         "here, or as in the MURA paper")
     weights: str = option(
         "TD", "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none "
@@ -206,7 +207,7 @@ class Config:
         "TD", 1, COUNT, "micro-batches that a batch is computed in, to save memory")
     lr: float = option("TD", 3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
     lr_schedule: str = option(
-        "TD", "poly", choice("poly plateau"), "poly (linear warm-up, then polynomial decay of "
+        "TD", "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of "
         "power 2) or plateau (paper: a tenth when the val loss does not fall)")
     warmup: float = option("TD", 0.1, UNIT, "fraction of all steps in which poly rises to --lr")
     weight_decay: float = option("TD", 0.01, RATE, "decoupled weight decay (paper: 0)")
@@ -223,17 +224,17 @@ class Config:
         "TD", 256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from "
         "before each validation (arXiv 2105.07576); 0 is off (paper)")
     select: str = option(
-        "TD", "accuracy", choice("accuracy auroc kappa loss"), "metric of val that chooses the "
+        "TD", "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the "
         "epoch: accuracy, loss per image; auroc, kappa per study")
     patience: int = option(
         "TD", 0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
     precision: str = option(
-        "TEPD", "auto", choice("auto bf16 fp16 tf32 fp32"), "auto: bf16 or fp16 where the hardware "
+        "TEPD", "auto", one_of("auto bf16 fp16 tf32 fp32"), "auto: bf16 or fp16 where the hardware "
         "gains from it, else fp32")
     seed: int = option(
         "TED", 0, number(0, 2**31), "seed of weights, split, order, augmentation and bootstrap")
     evaluate: bool = option("E", False, SWITCH, "evaluate saved models instead of training")
-    split: str = option("E", "valid", choice("train valid"), "which folder --evaluate uses")
+    split: str = option("E", "valid", one_of("train valid"), "which folder --evaluate uses")
     threshold: float | str | None = option(
         "TEPXD", None, THRESHOLD, "abnormal above this probability; or auto (highest study kappa), "
         "sens=0.95 or spec=0.95, found on val, or on the evaluated images (default: 0.5 while "
@@ -248,29 +249,31 @@ class Config:
         "TEPD", None, INSIDE, "fraction of abnormal cases where the model is used: adds PPV, NPV "
         "and probabilities for it")
     predict: tuple[Path, ...] = option(
-        "P", (), path("PATH") | SEVERAL, "classify and explain images, study folders and folders")
+        "P", (), path_to("PATH") | SEVERAL, "classify and explain images, study folders and "
+        "folders")
     output: Path | None = option(
-        "PE", None, path("FILE.csv"), "also write the predictions to this .csv or .json; with "
+        "PE", None, path_to("FILE.csv"), "also write the predictions to this .csv or .json; with "
         "--evaluate, the stem of its files")
     figure: Path | None = option(
-        "PED", None, path("PATH"), "original | heatmap | overlay: a picture for one input "
+        "PED", None, path_to("PATH"), "original | heatmap | overlay: a picture for one input "
         "(default: NAME_heatmap.png), a folder for several (default: none); with --evaluate, a "
         "folder for the most wrong images")
     cam: str = option(
-        "PED", "fine", choice("fine gradcam"), "heatmap: fine (fused LayerCAM of several stages) "
+        "PED", "fine", one_of("fine gradcam"), "heatmap: fine (fused LayerCAM of several stages) "
         "or gradcam (the last stage)")
     cam_class: str = option(
-        "PED", "abnormal", choice("abnormal normal predicted"), "class that the heatmap explains")
+        "PED", "abnormal", one_of("abnormal normal predicted"), "class that the heatmap explains")
     save_cam: Path | None = option(
-        "P", None, path("FILE.npz"), "write the heatmaps, (H, W) float32 by path")
+        "P", None, path_to("FILE.npz"), "write the heatmaps, (H, W) float32 by path")
     no_show: bool = option("PD", False, SWITCH, "open no window")
     export: Path | None = option(
-        "X", None, path("FILE.onnx"), "write the model as FILE.onnx or FILE.pt2")
+        "X", None, path_to("FILE.onnx"), "write the model as FILE.onnx or FILE.pt2")
     demo: Path | None = option(
-        "D", None, path("DIR") | {"nargs": "?", "const": Path("mura_demo")}, "train, test and "
+        "D", None, path_to("DIR") | {"nargs": "?", "const": Path("mura_demo")}, "train, test and "
         "explain on generated phantoms in DIR (default: mura_demo)")
     device: str = option(
-        "TEPD", "auto", form(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
+        "TEPD", "auto",
+        matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
         "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
     compile: bool = option("TD", False, SWITCH, "compile the network with torch.compile")
     workers: int = option("TEPD", 0, COUNT_OR_OFF, "threads that decode images; 0 is one per core")
@@ -403,7 +406,6 @@ if __name__ == "__main__":
     CONFIG = parse_options(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import csv
 import ctypes
 import hashlib
@@ -5418,8 +5420,7 @@ def load(
     """
     config = Config(checkpoint=tuple(map(Path, checkpoints)), device=device)
     ensemble = load_ensemble(config, choose_precision(choose_device(device), config.precision))
-    stored, _ = stored_threshold(ensemble.models)
-    return Predictor(ensemble, stored if threshold is None else threshold, config)
+    return Predictor(ensemble, threshold or stored_threshold(ensemble.models)[0], config)
 
 
 def main(config: Config) -> int:
