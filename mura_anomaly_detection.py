@@ -637,6 +637,7 @@ class Distributed:
             arrival = dist.barrier(self.slow_group, async_op=True)
             while not arrival.is_completed():  # its `wait` would not hear a signal
                 time.sleep(0.2)
+            arrival.wait()  # raises what has failed
 
     def sum(self, values: Tensor) -> list[float]:
         """Return the sums of (n,) values over all processes."""
@@ -779,7 +780,7 @@ def run_lock(path: Path) -> Iterator[None]:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileExistsError  # the file was removed, and made anew, since it was opened
+                raise FileExistsError  # removed by its holder and made anew since it was opened
         except OSError as error:
             raise UserError(f"{path}: another run with this --checkpoint is under way; wait for "
                             "its end or use another --checkpoint", EXIT_FAILED) from error
@@ -5458,9 +5459,10 @@ def how_to_go_on(config: Config) -> str:
     state = config.file(".last.pth")
     if config.mode != "T" or not state.exists():
         return ""
-    words = [word for word in config.command if word not in ("--overwrite", "--resume")]
-    command = shlex.join(["python", f"{PROGRAM}.py", *words, "--resume"])
-    return f"; the state is in {state}; to go on: {command}"
+    words = ["python", f"{PROGRAM}.py", *config.command]
+    if not config.resume:
+        words = [word for word in words if word != "--overwrite"] + ["--resume"]
+    return f"; the state is in {state}; to go on: {shlex.join(words)}"
 
 
 def describe_error(error: Exception, config: Config) -> str:
