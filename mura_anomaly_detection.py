@@ -717,18 +717,18 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Return rows as CSV; None and NaN become empty cells, text is `printable`."""
+    """Return rows as CSV; None and NaN become empty cells, control characters are escaped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow([_csv_cell(row.get(name)) for name in columns])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")  # a file's name may be any bytes
 
 
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, str):
-        return printable(value)
+        return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: printable(found[0]), value)
     return None if value != value else value
 
 
