@@ -796,7 +796,7 @@ def write_checkpoint(path: Path, content: Content) -> str:
     buffer = io.BytesIO()
     torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
     atomic_write(path, buffer.getvalue())
-    return file_digest(path)
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -831,9 +831,9 @@ def read_weights(path: Path, remedy: str) -> Content:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        check_archive(path)
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            check_archive(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
     except OSError as error:
@@ -846,14 +846,15 @@ def read_weights(path: Path, remedy: str) -> Content:
     return content
 
 
-def check_archive(path: Path) -> None:
+def check_archive(file: IO[bytes]) -> None:
     """Verify the checksums of a zip archive, which torch.load does not; OSError where wrong."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type for entry in archive.infolist()):
                 raise OSError("compressed, which torch.save never does")
             if damaged := archive.testzip():
                 raise OSError(f"damaged: the checksum of {damaged} is wrong")
+    file.seek(0)
 
 
 # ===== 3 decoding =================================================================================
