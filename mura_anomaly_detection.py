@@ -30,6 +30,7 @@ and main. Nothing below a block is needed to understand it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import math
@@ -39,7 +40,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 __version__ = "2.0.0"
 PROGRAM = "mura_anomaly_detection"
@@ -59,7 +60,7 @@ class UserError(Exception):
 
 # ===== 1 options ==================================================================================
 
-MODES = {"T": "training", "E": "--evaluate", "P": "--predict", "X": "--export", "D": "--demo"}
+MODES = {"evaluate": "E", "predict": "P", "export": "X", "demo": "D"}  # else "T", training
 FIGURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # of --figure; any other name is a folder
 PAPER_RECIPE: Content = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
     "image_size": 320, "lr": 1e-4, "lr_schedule": "plateau", "weight_decay": 0.0, "rotation": 30.0,
@@ -76,85 +77,60 @@ HINTS = {  # for flags that people try
 }
 
 
-def number(kind: type, low: float, high: float = 1e6, *, above: bool = False) -> Any:
-    """Return an argparse type: a finite number in [low, high], in (low, high] if `above`."""
+def option(modes: str, default: object, kind: Content, text: str) -> Any:
+    """Declare a flag as a field of Config, refused in other modes than these letters of MODES.
 
-    def parse(text: str) -> float:
-        """Parse one value; argparse prints the error."""
-        try:
-            value = float(kind(text))
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not low <= value <= high or (above and value == low):
-            what = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if above else 'of at least'} {low:g} and at most {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
-        return int(value) if kind is int else value
-
-    return parse
-
-
-OPEN_UNIT = number(float, 0, 1 - 1e-9, above=True)
-
-
-def threshold_rule(text: str) -> float | str:
-    """Parse --threshold: `auto`, sens=P, spec=P, or a probability strictly between 0 and 1."""
-    name, equals, value = text.partition("=")
-    if text == "auto":
-        return text
-    try:
-        if equals and name in ("sens", "spec"):
-            return f"{name}={OPEN_UNIT(value):g}"
-        return float(OPEN_UNIT(text))
-    except argparse.ArgumentTypeError as error:
-        kinds = "auto, sens=P, spec=P, P (above 0, below 1)"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {kinds}") from error
-
-
-def normalization_rule(text: str) -> str:
-    """Parse --normalization: imagenet, dataset, image, or MEAN,STD on the 0 to 1 grey scale."""
-    if text in ("imagenet", "dataset", "image"):
-        return text
-    try:
-        mean, std = (float(part) for part in text.split(","))
-    except ValueError:
-        mean, std = math.nan, math.nan
-    if not (0 <= mean <= 1 and 0 < std <= 1):
-        kinds = "imagenet, dataset, image, MEAN,STD (such as 0.2,0.18)"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {kinds}")
-    return text
-
-
-def device_name(text: str) -> str:
-    """Parse --device: auto, cpu, mps, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, mps, cuda, cuda:N")
-    return text
-
-
-def option(modes: str, default: object, text: str, **argparse_arguments: object) -> Any:
-    """Declare a flag as a field of Config.
-
-    Args:
-        modes: letters of MODES in which it has an effect; it is refused in the others.
-        default: its value where it is not given.
-        text: its line in --help; what stands before a semicolon is enough for -h.
-        argparse_arguments: for add_argument.
+    `kind` holds arguments of add_argument: the values it takes; -h shows `text` up to a semicolon.
     """
-    about = {"modes": modes, "help": text, "argparse": argparse_arguments}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
 
-def file_option(metavar: str) -> Content:
-    """Return the argparse arguments of a path; `metavar` shows the suffix that it wants."""
+def path_to(metavar: str) -> Content:
+    """Return the kind of a path; `metavar` shows the suffix that it wants."""
     return {"type": Path, "metavar": metavar}
 
 
-COUNT = {"type": number(int, 1), "metavar": "N"}
-COUNT_OR_OFF = {"type": number(int, 0), "metavar": "N"}
-UNIT = {"type": number(float, 0, 1), "metavar": "X"}
-FRACTION = {"type": number(float, 0, 0.9), "metavar": "FRACTION"}
-RATE = {"type": number(float, 0, 10), "metavar": "RATE"}
+def one_of(names: str) -> Content:
+    """Return the kind of one of some names, which spaces divide."""
+    return {"choices": names.split()}
+
+
+def number(low: float, high: float = 10**6) -> Content:
+    """Return the kind of a number from `low` to `high`, of the type of `low`."""
+    kind = type(low)
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no {kind.__name__} from {low:g} to {high:.10g}")
+
+    return {"type": parse, "metavar": "N" if kind is int else "X"}
+
+
+def matching(pattern: str, forms: str, metavar: str) -> Content:
+    """Return the kind of a text that matches a pattern; a probability becomes a float."""
+
+    def parse(text: str) -> float | str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {forms}")
+        return float(text) if re.fullmatch(PROBABILITY, text) else text
+
+    return {"type": parse, "metavar": metavar}
+
+
+PROBABILITY = r"0?\.\d*[1-9]\d*"  # above 0, below 1
+COUNT = number(1)
+COUNT_OR_OFF = number(0)
+UNIT = number(0.0, 1.0)  # 0 and 1 included
+INSIDE = number(1e-6, 1 - 1e-6)  # and excluded
+RATE = number(0.0, 10.0)
+NORMALIZATION = matching(
+    rf"imagenet|dataset|image|([01]\.?0*|{PROBABILITY}),(1\.?0*|{PROBABILITY})",
+    "imagenet, dataset, image, MEAN,STD (such as 0.2,0.18)", "KIND")
+THRESHOLD = matching(
+    f"auto|((sens|spec)=)?{PROBABILITY}", "auto, sens=P, spec=P, P (such as 0.5)", "P")
 SWITCH = {"action": "store_true"}
 SEVERAL = {"nargs": "+", "action": "extend"}
 GROUPS = {  # first flag of each group in --help
@@ -177,155 +153,145 @@ class Config:
     """All options: each hyper-parameter stands here once, with unit and source."""
 
     data_dir: Path | None = option(
-        "TE", None, "folder with train/ and valid/, or a parent of it; with --labels, what "
-        "relative paths start from", **file_option("DIR"))
+        "TE", None, path_to("DIR"), "folder with train/ and valid/, or a parent of it; with "
+        "--labels, root of relative paths")
     checkpoint: tuple[Path, ...] = option(
-        "TEPXD", (Path("mura_model.pth"),), "model file: training writes it, the other modes read "
-        "it; several are an ensemble", **SEVERAL, **file_option("FILE.pth"))
+        "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file: training "
+        "writes it, the other modes read it; several are an ensemble")
     cache_dir: Path | None = option(
-        "TED", None, "where decoded images are kept (default: .mura_cache in --data-dir, or the "
-        "user's cache folder where that is read-only)", **file_option("DIR"))
-    resume: str | None = option(
-        "T", None, "continue from STEM.last.pth, with its settings; `auto` starts a new run where "
-        "there is none", nargs="?", const="required", choices=("auto", "required"))
-    overwrite: bool = option("TEPXD", False, "replace files that are there", **SWITCH)
+        "TED", None, path_to("DIR"), "folder of decoded images (default: .mura_cache in "
+        "--data-dir, or the user's cache folder where that is read-only)")
+    resume: str | bool | None = option(
+        "T", None, {"nargs": "?", "const": True, "choices": ("auto",), "metavar": "auto"},
+        "continue from STEM.last.pth, with its settings; `auto` starts a new run without it")
+    overwrite: bool = option("TEPXD", False, SWITCH, "replace files that are there")
     save_every: float = option(
-        "T", 10.0, "minutes between saved states within an epoch",
-        type=number(float, 0), metavar="MIN")
+        "TD", 10.0, number(0.0), "minutes between saved states within an epoch")
     tasks: tuple[str, ...] = option(
-        "TE", (), "body parts to use, with or without XR_ (default: "
-                  "all)", **SEVERAL, metavar="PART")
+        "TE", (), SEVERAL | {"metavar": "PART"}, "body parts to use, with or without XR_ (default: "
+        "all)")
     labels: Path | None = option(
-        "TE", None, "images and labels from a table instead of MURA's folders: path,label and "
-        "optionally patient,study,body_part,view", **file_option("FILE.csv"))
+        "TE", None, path_to("FILE.csv"), "a table instead of MURA's folders: path,label and "
+        "optionally patient,study,body_part,view")
     val_split: float = option(
-        "TD", 0.2, "fraction of the patients of train/ kept for validation",
-        type=number(float, 0, 0.9, above=True), metavar="FRACTION")
+        "TD", 0.2, INSIDE, "fraction of the patients of train/ kept for validation")
     image_size: int | None = option(
-        "TD", None, "side of the network's square input, pixels (default: the paper's 320, or the "
-        "longest side of the images where that is less)", type=number(int, 64, 2048), metavar="PX")
+        "TD", None, number(64, 2048), "side of the network's square input, pixels (default: the "
+        "paper's 320, or the longest side of the images where that is less)")
     resize: str = option(
-        "TD", "stretch", "how an image becomes square: stretch (paper), or letterbox, which keeps "
-        "the aspect ratio", choices=("stretch", "letterbox"))
+        "TD", "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch "
+        "(paper), or letterbox, which keeps the aspect ratio")
     normalization: str = option(
-        "TD", "imagenet", "imagenet, dataset (mean and standard deviation of the training images), "
-        "image (of each image) or MEAN,STD", type=normalization_rule, metavar="KIND")
+        "TD", "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), "
+        "image (of each image) or MEAN,STD")
     on_bad_image: str | None = option(
-        "TE", None, "unreadable images are listed; then skip them or stop (default: skip, but stop "
-        "if more than 1 %% are unreadable)", choices=("skip", "stop"))
+        "TE", None, one_of("skip stop"), "what to do after listing unreadable images (default: "
+        "skip, but stop if more than 1 %% are)")
     drop_duplicates: bool = option(
-        "TE", False, "leave images out of the test that are also in training, or have "
-        "contradicting labels (default: only report them)", **SWITCH)
+        "TE", False, SWITCH, "leave test images out that are also in training, or have "
+        "contradicting labels (default: only report them)")
     model: str = option(
-        "TD", "densenet169", "architecture; --weights with a file of this program brings its own",
-        choices=("densenet169", "resnet50"))
+        "TD", "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file "
+        "of this program brings its own")
     recipe: str = option(
-        "T", "default", "what flags are that are not given: as shown here, or as in the MURA paper",
-        choices=("default", "paper"))
+        "T", "default", one_of("default paper"), "values of flags that are not given: as shown "
+        "here, or as in the MURA paper")
     weights: str = option(
-        "TD", "imagenet", "initial weights: imagenet (downloaded), none (random) or a file: a "
-        "model of this program, or of torchvision or timm", metavar="SOURCE")
-    epochs: int = option("TD", 5, "passes over the training images", **COUNT)
+        "TD", "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none "
+        "(random) or a file: a model of this program, of torchvision or of timm")
+    epochs: int = option("TD", 5, COUNT, "passes over the training images")
     batch_size: int = option(
-        "TEPD", 8, "images per optimiser step, over all processes (paper: 8); without gradients "
-        "four times as many at once", **COUNT)
+        "TEPD", 8, COUNT, "images per optimiser step, over all processes (paper: 8); four times as "
+        "many without gradients")
     grad_accum_steps: int = option(
-        "TD", 1, "micro-batches that a batch is computed in, to save memory", **COUNT)
-    lr: float = option(
-        "TD", 3e-4, "peak learning rate of AdamW (paper: 1e-4)",
-        type=number(float, 0, 10, above=True), metavar="RATE")
+        "TD", 1, COUNT, "micro-batches that a batch is computed in, to save memory")
+    lr: float = option("TD", 3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
     lr_schedule: str = option(
-        "TD", "poly", "poly (linear warm-up, then polynomial decay of power 2) or plateau (paper: "
-        "a tenth when the val loss does not fall)", choices=("poly", "plateau"))
-    warmup: float = option("TD", 0.1, "fraction of all steps in which poly rises to "
-                                      "--lr", **FRACTION)
-    weight_decay: float = option("TD", 0.01, "decoupled weight decay (paper: 0)", **RATE)
-    hflip: float = option("TD", 0.5, "probability of a horizontal flip", **UNIT)
+        "TD", "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of "
+        "power 2) or plateau (paper: a tenth when the val loss does not fall)")
+    warmup: float = option("TD", 0.1, UNIT, "fraction of all steps in which poly rises to --lr")
+    weight_decay: float = option("TD", 0.01, RATE, "decoupled weight decay (paper: 0)")
+    hflip: float = option("TD", 0.5, UNIT, "probability of a horizontal flip")
     rotation: float = option(
-        "TD", 10.0, "largest rotation to either side, degrees (paper: 30)",
-        type=number(float, 0, 180), metavar="DEG")
+        "TD", 10.0, number(0.0, 180.0), "largest rotation to either side, degrees (paper: 30)")
     brightness: float = option(
-        "TD", 0.1, "largest shift of brightness, fraction of full scale", **UNIT)
-    contrast: float = option("TD", 0.2, "largest relative change of contrast", **UNIT)
+        "TD", 0.1, UNIT, "largest shift of brightness, fraction of full scale")
+    contrast: float = option("TD", 0.2, UNIT, "largest relative change of contrast")
     mixup: float = option(
-        "TD", 0.0, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and more",
-        **RATE | {"metavar": "ALPHA"})
+        "TD", 0.0, RATE, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and "
+        "more")
     precise_bn: int = option(
-        "TD", 256, "training images that BatchNorm statistics are recomputed from before each "
-        "validation (arXiv 2105.07576); 0 is off (paper)", **COUNT_OR_OFF)
+        "TD", 256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from "
+        "before each validation (arXiv 2105.07576); 0 is off (paper)")
     select: str = option(
-        "TD", "accuracy", "metric of val that chooses the epoch: accuracy and loss are per image, "
-        "auroc and kappa per study", choices=("accuracy", "auroc", "kappa", "loss"))
+        "TD", "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the "
+        "epoch: accuracy, loss per image; auroc, kappa per study")
     patience: int = option(
-        "TD", 0, "stop after N epochs without a better --select; 0 is never", **COUNT_OR_OFF)
+        "TD", 0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
     precision: str = option(
-        "TEPD", "auto", "auto (bf16 or fp16 where the hardware gains from it, else fp32), bf16, "
-        "fp16, tf32 or fp32", choices=("auto", "bf16", "fp16", "tf32", "fp32"))
+        "TEPD", "auto", one_of("auto bf16 fp16 tf32 fp32"), "auto: bf16 or fp16 where the hardware "
+        "gains from it, else fp32")
     seed: int = option(
-        "TED", 0, "seed of weights, split, order, augmentation and bootstrap",
-        type=number(int, 0, 2**31), metavar="N")
-    evaluate: bool = option("E", False, "evaluate saved models instead of training", **SWITCH)
-    split: str = option(
-        "E", "valid", "which folder --evaluate uses", choices=("train", "valid"))
+        "TED", 0, number(0, 2**31), "seed of weights, split, order, augmentation and bootstrap")
+    evaluate: bool = option("E", False, SWITCH, "evaluate saved models instead of training")
+    split: str = option("E", "valid", one_of("train valid"), "which folder --evaluate uses")
     threshold: float | str | None = option(
-        "TEPXD", None, "abnormal above this probability; or auto (highest study kappa), sens=0.95 "
-        "or spec=0.95, found on val while training, on the evaluated images with --evaluate "
-        "(default: 0.5 while training, then the model's)", type=threshold_rule, metavar="P")
+        "TEPXD", None, THRESHOLD, "abnormal above this probability; or auto (highest study kappa), "
+        "sens=0.95 or spec=0.95, found on val, or on the evaluated images (default: 0.5 while "
+        "training, then the model's)")
     tta: bool | None = option(
-        "TEPXD", None, "horizontal-flip TTA: average the logits of an image and its flip (default: "
-        "while training, if --hflip is above 0; then the model's)",
-        action=argparse.BooleanOptionalAction)
+        "TEPXD", None, {"action": argparse.BooleanOptionalAction}, "horizontal-flip TTA: average "
+        "the logits of an image and its flip (default: while training, if --hflip is above 0; then "
+        "the model's)")
     bootstrap: int = option(
-        "TED", 1000, "patient resamples behind the 95 %% intervals",
-        type=number(int, 100, 100_000), metavar="N")
+        "TED", 1000, number(100, 100_000), "patient resamples behind the 95 %% intervals")
     prevalence: float | None = option(
-        "TEPD", None, "fraction of abnormal cases where the model is to be used: adds PPV, NPV and "
-        "probabilities for it", type=OPEN_UNIT, metavar="P")
+        "TEPD", None, INSIDE, "fraction of abnormal cases where the model is used: adds PPV, NPV "
+        "and probabilities for it")
     predict: tuple[Path, ...] = option(
-        "P", (), "classify and explain images, study folders and other folders", **SEVERAL,
-        **file_option("PATH"))
+        "P", (), path_to("PATH") | SEVERAL, "classify and explain images, study folders and "
+        "folders")
     output: Path | None = option(
-        "PE", None, "also write the predictions to this .csv or .json; with --evaluate, the stem "
-        "of the report's files", **file_option("FILE.csv"))
+        "PE", None, path_to("FILE.csv"), "also write the predictions to this .csv or .json; with "
+        "--evaluate, the stem of its files")
     figure: Path | None = option(
-        "PED", None, "original | heatmap | overlay: a picture for one input (default: "
-        "NAME_heatmap.png), a folder for several (default: none); with --evaluate, a folder for "
-        "the most wrong images", **file_option("PATH"))
+        "PED", None, path_to("PATH"), "original | heatmap | overlay: a picture for one input "
+        "(default: NAME_heatmap.png), a folder for several (default: none); with --evaluate, a "
+        "folder for the most wrong images")
     cam: str = option(
-        "PED", "fine", "heatmap: fine (fused LayerCAM of several stages) or gradcam (the last "
-        "stage)", choices=("fine", "gradcam"))
+        "PED", "fine", one_of("fine gradcam"), "heatmap: fine (fused LayerCAM of several stages) "
+        "or gradcam (the last stage)")
     cam_class: str = option(
-        "PED", "abnormal", "class that the heatmap explains",
-        choices=("abnormal", "normal", "predicted"))
+        "PED", "abnormal", one_of("abnormal normal predicted"), "class that the heatmap explains")
     save_cam: Path | None = option(
-        "P", None, "write the heatmaps, (H, W) float32 by path", **file_option("FILE.npz"))
-    no_show: bool = option("PD", False, "open no window", **SWITCH)
+        "P", None, path_to("FILE.npz"), "write the heatmaps, (H, W) float32 by path")
+    no_show: bool = option("PD", False, SWITCH, "open no window")
     export: Path | None = option(
-        "X", None, "write the model as FILE.onnx or FILE.pt2", **file_option("FILE.onnx"))
+        "X", None, path_to("FILE.onnx"), "write the model as FILE.onnx or FILE.pt2")
     demo: Path | None = option(
-        "D", None, "train, test and explain on generated phantoms in DIR (default: mura_demo)",
-        nargs="?", const=Path("mura_demo"), **file_option("DIR"))
+        "D", None, path_to("DIR") | {"nargs": "?", "const": Path("mura_demo")}, "train, test and "
+        "explain on generated phantoms in DIR (default: mura_demo)")
     device: str = option(
-        "TEPD", "auto", "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N",
-        type=device_name, metavar="NAME")
-    compile: bool = option("TD", False, "compile the network with torch.compile", **SWITCH)
-    workers: int = option(
-        "TEPD", 0, "threads that decode images; 0 is one per core", **COUNT_OR_OFF)
-    debug: bool = option("TEPXD", False, "show tracebacks", **SWITCH)
+        "TEPD", "auto",
+        matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
+        "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
+    compile: bool = option("TD", False, SWITCH, "compile the network with torch.compile")
+    workers: int = option("TEPD", 0, COUNT_OR_OFF, "threads that decode images; 0 is one per core")
+    debug: bool = option("TEPXD", False, SWITCH, "show tracebacks")
     given: frozenset[str] = frozenset()  # names of the flags on the command line
+    command: tuple[str, ...] = ()  # that line
 
     @property
     def mode(self) -> str:
-        """The letter of MODES."""
-        flags = {"E": self.evaluate, "P": self.predict, "X": self.export, "D": self.demo}
-        return next((letter for letter, value in flags.items() if value), "T")
+        """The letter of MODES, or "T"."""
+        return next((letter for name, letter in MODES.items() if getattr(self, name)), "T")
 
     def file(self, ending: str) -> Path:
         """Return a file of the run: STEM and an ending such as .last.pth.
 
         STEM is the first --checkpoint without its suffix, or the --output of --evaluate.
         """
-        named = self.output if self.evaluate and self.output else self.checkpoint[0]
+        named = (self.evaluate and self.output) or self.checkpoint[0]
         return Path(f"{named.with_suffix('')}{ending}")
 
     @property
@@ -343,11 +309,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the one line and exit with EXIT_USAGE."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = "see --help"
-        if unknown:
-            flags = list(self._option_string_actions)
-            near = difflib.get_close_matches(unknown[1], flags, 1, cutoff=0.7)
-            hint = HINTS.get(unknown[1]) or (f"did you mean {near[0]}?" if near else hint)
+        typed = unknown[1] if unknown else ""
+        near = difflib.get_close_matches(typed, self._option_string_actions, 1, cutoff=0.7)
+        hint = HINTS.get(typed) or (f"did you mean {near[0]}?" if near else "see --help")
         self.exit(EXIT_USAGE, f"{self.prog}: error: {' '.join(message.split())} ({hint})\n")
 
 
@@ -356,36 +320,27 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def help_text(item: Any, *, short: bool) -> str:
-    """Return a flag's line in --help with its default, or that of -h, which hides most flags."""
-    text, default = str(item.metadata["help"]), item.default
-    if short:
-        return text.partition(";")[0] if item.name in SHORT_HELP else argparse.SUPPRESS
-    if default is None or default is False or default == ():
-        return text
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text} (default: {shown})"
-
-
 def build_parser(*, short: bool = False) -> Parser:
     """Return the parser made from Config; with `short` its help holds the few flags of -h."""
-    head, _, rest = (__doc__ or "").partition("\n\n")
+    head, examples, *_ = (__doc__ or "").split("\n\n")
     parser = Parser(
-        prog=f"{PROGRAM}.py", description=head, epilog="examples:\n" + rest.partition("\n\n")[0],
+        prog=f"{PROGRAM}.py", description=head, epilog=f"examples:\n{examples}",
         allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS,
         usage="%(prog)s [--evaluate | --predict PATH | --export FILE | --demo] [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=100),
-    )
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-h", action="help", help="this screen" if short else "the most used flags")
     parser.add_argument("--help", action="help", help="every flag")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     group: Any = parser
     for item in OPTIONS:
+        text, default = item.metadata["help"], item.default
+        if short:
+            text = text.partition(";")[0] if item.name in SHORT_HELP else argparse.SUPPRESS
+        elif default is not False and default not in (None, ()):
+            text += f" (default: {default[0] if isinstance(default, tuple) else default})"
         if item.name in GROUPS and not short:
             group = parser.add_argument_group(GROUPS[item.name])
-        text = help_text(item, short=short)
-        group.add_argument(flag_of(item.name), help=text, **item.metadata["argparse"])
+        group.add_argument(flag_of(item.name), help=text, **item.metadata["kind"])
     return parser
 
 
@@ -393,14 +348,12 @@ def parse_options(arguments: Sequence[str]) -> Config:
     """Return the Config of command-line arguments; wrong use prints one line and exits with 2."""
     parser = build_parser(short="-h" in arguments)
     given = vars(parser.parse_args(arguments))
-    values: Content = {}
-    if given.get("demo"):
+    values = dict(PAPER_RECIPE) if given.get("recipe") == "paper" else {}
+    if "demo" in given:
         values = DEMO_DEFAULTS | {"checkpoint": (given["demo"] / "demo.pth",)}
-    elif given.get("recipe") == "paper":
-        values = dict(PAPER_RECIPE)
-    for name, value in given.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    config = Config(**values, given=frozenset(given))
+    several = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    values |= given | several
+    config = Config(**values, given=frozenset(given), command=tuple(arguments))
     if problem := usage_problem(config):
         parser.error(problem)
     return config
@@ -408,50 +361,43 @@ def parse_options(arguments: Sequence[str]) -> Config:
 
 def usage_problem(config: Config) -> str | None:
     """Return what is wrong with a combination of flags, or None."""
-    modes = [name for name in ("evaluate", "predict", "export", "demo") if getattr(config, name)]
-    if len(modes) > 1:
-        return f"--{' and --'.join(modes)} exclude each other"
+    mode, given, figure, output = config.mode, config.given, config.figure, config.output
+    chosen = [flag_of(name) for name in MODES if name in given] or ["training"]
+    if len(chosen) > 1:
+        return f"{' and '.join(chosen)} exclude each other"
     for item in OPTIONS:
-        if item.name in config.given and config.mode not in item.metadata["modes"]:
-            fixed = config.mode in "EPX" and item.name in LEARNT
+        if item.name in given and mode not in item.metadata["modes"]:
+            fixed = mode in "EPX" and item.name in LEARNT
             why = "the checkpoint fixes it" if fixed else "it would do nothing"
-            return f"{flag_of(item.name)} does not go with {MODES[config.mode]}: {why}"
-    return next((text for wrong, text in flag_problems(config) if wrong), None)
-
-
-def flag_problems(config: Config) -> list[tuple[object, str]]:
-    """Return (is it wrong, the line) for each rule about flags that need or exclude another."""
-    mode, first, output, figure = config.mode, config.checkpoint[0], config.output, config.figure
-    trains, explains = mode in "TD", config.given & {"cam", "cam_class"}
-    is_picture = bool(figure and figure.suffix.lower() in FIGURE_SUFFIXES)
-    return [
-        (mode in "TE" and not (config.data_dir or config.labels),
-         "--data-dir DIR is needed (or --predict, or --demo)"),
-        (config.labels and "split" in config.given, "--split is for MURA's folders, not for "
-                                                    "--labels"),
-        (trains and len(config.checkpoint) > 1, "training writes one --checkpoint"),
-        (trains and first.suffix != ".pth", f"--checkpoint {first}: the name must end in .pth"),
-        (trains and first.name.endswith(".last.pth"),
-         f"--checkpoint {first}: is the name of a saved state; give STEM.pth, and --resume"),
-        (config.resume and config.overwrite, "--resume and --overwrite exclude each other"),
-        (mode in "PX" and isinstance(config.threshold, str),
-         f"--threshold {config.threshold}: is found while training or by --evaluate"),
-        (mode == "X" and len(config.checkpoint) > 1, "--export takes one --checkpoint"),
-        (config.export and config.export.suffix not in (".onnx", ".pt2"),
-         f"--export {config.export}: the name must end in .onnx or .pt2"),
-        (mode == "P" and output and output.suffix not in (".csv", ".json"),
-         f"--output {output}: the name must end in .csv or .json"),
-        (config.save_cam and config.save_cam.suffix != ".npz",
-         f"--save-cam {config.save_cam}: the name must end in .npz"),
-        (mode == "E" and (is_picture or (explains and not figure)),
-         "--evaluate draws its heatmaps into the folder of --figure: name a folder"),
-        (mode == "D" and figure and not is_picture,
-         f"--figure {figure}: use a name that ends in {', '.join(FIGURE_SUFFIXES)}"),
-        (trains and config.mixup and config.batch_size == 1,
-         "--mixup mixes the images of a batch: --batch-size 1 has but one"),
-        ("warmup" in config.given and config.lr_schedule == "plateau",
-         "--warmup goes with --lr-schedule poly"),
-    ]
+            return f"{flag_of(item.name)} does not go with {chosen[0]}: {why}"
+    first, trains, threshold = config.checkpoint[0], mode in "TD", config.threshold
+    is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
+    problems = {
+        "--data-dir DIR is needed (or --predict, or --demo)":
+            mode in "TE" and not (config.data_dir or config.labels),
+        "--split is for MURA's folders, not for --labels": config.labels and "split" in given,
+        f"{chosen[0]} takes one --checkpoint": mode in "TDX" and len(config.checkpoint) > 1,
+        f"--checkpoint {first}: the name must end in .pth, and not in .last.pth, a saved state's":
+            trains and (first.suffix != ".pth" or first.stem.endswith(".last")),
+        "--resume and --overwrite exclude each other": config.resume and config.overwrite,
+        f"--threshold {threshold}: is found while training or by --evaluate":
+            mode in "PX" and isinstance(threshold, str),
+        f"--export {config.export}: the name must end in .onnx or .pt2":
+            config.export and config.export.suffix not in (".onnx", ".pt2"),
+        f"--output {output}: the name must end in .csv or .json":
+            mode == "P" and output and output.suffix not in (".csv", ".json"),
+        f"--save-cam {config.save_cam}: the name must end in .npz":
+            config.save_cam and config.save_cam.suffix != ".npz",
+        "--evaluate draws its heatmaps into the folder of --figure: name a folder":
+            mode == "E" and (is_picture or (given & {"cam", "cam_class"} and not figure)),
+        f"--figure {figure}: the name must end in {', '.join(FIGURE_SUFFIXES)}":
+            mode == "D" and figure and not is_picture,
+        "--mixup mixes the images of a batch: --batch-size 1 has but one":
+            trains and config.mixup and config.batch_size == 1,
+        "--warmup goes with --lr-schedule poly":
+            "warmup" in given and config.lr_schedule == "plateau",
+    }
+    return next((text for text, wrong in problems.items() if wrong), None)
 
 
 if __name__ == "__main__":
@@ -460,7 +406,6 @@ if __name__ == "__main__":
     CONFIG = parse_options(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import csv
 import ctypes
 import hashlib
@@ -469,10 +414,9 @@ import json
 import logging
 import mmap
 import os
-import pickle
 import secrets
 import shlex
-import stat
+import shutil
 import tempfile
 import time
 import traceback
@@ -484,7 +428,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from statistics import NormalDist
-from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -507,40 +450,32 @@ Shape = tuple[int, str]  # side in pixels and --resize of a network's input
 
 # ===== 2 console and files ========================================================================
 
-STALE_SECONDS = 3600  # a temporary file this old was left by a process that was killed
-PEER_TIMEOUT = timedelta(minutes=10)  # a process that hangs or has died ends the others after this
+TEMPORARY = f".{PROGRAM}.{{}}.tmp"  # name of a file that is being written
 
 
 class SafeStream:
     """A text stream whose failure (terminal gone, disk full, pipe closed) does not end the work.
 
-    After the first failure all further output goes nowhere, and `lost` says why.
+    What comes afterwards goes nowhere; `lost` says whether any output was missed.
     """
 
-    def __init__(self, stream: Any, lost: str = "") -> None:
-        self.stream, self.lost = stream, lost
+    def __init__(self, stream: Any) -> None:
+        self.lost = stream is None  # as by `>&-`
+        self.stream = Path(os.devnull).open("w") if stream is None else stream  # noqa: SIM115
 
     def write(self, text: str) -> int:
-        """Write text; its length is returned even where it was lost."""
-        with self.guarded():
+        """Write and flush text; its length is returned even where it was lost."""
+        try:
             self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.lost |= not isinstance(error, BrokenPipeError)  # `| head` has seen enough
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written."""
-        with self.guarded():
-            self.stream.flush()
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Send the stream to the null device when it fails."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            if not isinstance(error, BrokenPipeError):  # as by `| head`: the reader has seen enough
-                self.lost = str(error)
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        """Do nothing: what was written is flushed."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -552,10 +487,7 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'
     """
-    if text.isprintable():
-        return text
-    escaped = (char.encode("unicode_escape").decode() for char in text)
-    return "".join(c if c.isprintable() else e for c, e in zip(text, escaped, strict=True))
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def shorten(name: str, width: int) -> str:
@@ -580,7 +512,6 @@ def warn(text: str, *, failed: bool = False) -> None:
     if is_main_process() or failed:
         rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
         tqdm.write(f"{PROGRAM}{rank}: {printable(text)}", file=sys.stderr)
-        sys.stderr.flush()
 
 
 class Progress:
@@ -588,7 +519,7 @@ class Progress:
 
     def __init__(self, total: int, title: str, units: str = "images", done: int = 0) -> None:
         interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
-        self.total, self.title, self.units, self.done = total, title, units, done
+        self.title, self.done, self.of_total = title, done, f"/{total} {units}"
         self.line_due = time.monotonic() + 60
         self.bar = tqdm(total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr,
                         leave=False, dynamic_ncols=True,
@@ -607,8 +538,7 @@ class Progress:
         self.bar.update(count)
         if self.bar.disable and time.monotonic() > self.line_due:
             self.line_due = time.monotonic() + 60
-            share = f"{self.done}/{self.total} {self.units}"
-            warn(f"{self.title}: {share}{', ' * bool(note)}{note}")
+            warn(f"{self.title}: {self.done}{self.of_total}{', ' * bool(note)}{note}")
 
 
 class Stopped(BaseException):
@@ -619,29 +549,24 @@ class Stopped(BaseException):
         self.exit_code = 128 + signum
 
 
-class StopSignals:
-    """Turns SIGINT and SIGTERM into Stopped: at once, or at the next `check` where deferred.
+class StopSignals(contextlib.ExitStack):
+    """A context in which SIGINT and SIGTERM raise Stopped, at once or, where deferred, at `check`.
 
     A second Ctrl-C ends the process the plain way; SIGTERM may come several times, from torchrun
-    and from a scheduler. It is a context manager, which restores the handlers of before; in a
-    thread other than the main one nothing is installed.
+    and from a scheduler. In a thread other than the main one nothing is installed.
     """
 
-    def __init__(self) -> None:
-        self.signum, self.deferring = 0, False
-        self.before: dict[int, Any] = {}
+    signum = 0
+    deferring = False
 
-    def __enter__(self) -> StopSignals:
-        with contextlib.suppress(ValueError):
+    def __enter__(self) -> Self:
+        with contextlib.suppress(ValueError):  # a thread
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self.before[signum] = signal.signal(signum, self.handle)
+                before = signal.signal(signum, self.handle)
+                self.callback(signal.signal, signum, before)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: object) -> None:
         """Acknowledge a signal at once and act on it now or later."""
         if not self.signum and is_main_process():
             when = " after this batch; Ctrl-C again stops at once" if self.deferring else ""
@@ -651,7 +576,7 @@ class StopSignals:
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
         if not self.deferring:
-            raise Stopped(signum)
+            self.check()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -671,8 +596,7 @@ class StopSignals:
 
 def is_distributed() -> bool:
     """Return whether torchrun started this process; a stray RANK alone does not count."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return all(name in os.environ for name in names)
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
 
 
 def is_main_process() -> bool:
@@ -688,37 +612,30 @@ class Distributed:
         if is_distributed():
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
             self.rank, self.world_size, self.local_rank = (int(os.environ[n]) for n in names)
-        self.store: Any = None
+        self.slow_group: Any = None  # waits for decoding
 
     def start(self, device: torch.device) -> None:
         """Join the other processes: NCCL on CUDA, gloo elsewhere."""
-        if self.world_size == 1:
-            return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current device
-        found = dist.rendezvous("env://", timeout=PEER_TIMEOUT)  # type: ignore[attr-defined]
-        store, rank, world_size = next(found)
-        # torchrun keeps one store for all restarts: a restart would meet dead processes' addresses
-        attempt = f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # the count is one machine's own
-            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
-        self.store = store
+        if self.world_size > 1:
+            is_cuda = device.type == "cuda"
+            if is_cuda:
+                torch.cuda.set_device(device)  # NCCL's collectives of objects go by the current one
+            peers = timedelta(minutes=10)  # a process that hangs ends the others after this
+            dist.init_process_group("nccl" if is_cuda else "gloo", timeout=peers)
+            self.slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
 
-    def wait_for_decoding(self, name: str) -> None:
-        """Wait for all processes, for as long as decoding may take; a `name` is used once."""
+    def wait_for_decoding(self) -> None:
+        """Wait for all processes, for as long as decoding may take."""
         if self.world_size > 1:
-            self.store.set(f"{name}/{self.rank}", "done")
-            everyone = [f"{name}/{rank}" for rank in range(self.world_size)]
-            while not self.store.check(everyone):  # store.wait would not hear a signal
+            arrival = dist.barrier(self.slow_group, async_op=True)
+            while not arrival.is_completed():  # its `wait` would not hear a signal
                 time.sleep(0.2)
+            arrival.wait()  # raises what has failed
 
     def sum(self, values: Tensor) -> list[float]:
         """Return the sums of (n,) values over all processes."""
@@ -728,10 +645,10 @@ class Distributed:
 
     def gather(self, mine: Sequence[Any]) -> list[Any]:
         """Return all processes' items: the i-th of rank r becomes item i * world_size + r."""
+        lists = [list(mine)] * self.world_size
         if self.world_size == 1:
-            return list(mine)
-        lists: list[list[Any]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(lists, list(mine))
+            return lists[0]
+        dist.all_gather_object(lists, lists[0])
         rounds = itertools.zip_longest(*lists)
         return [item for items in rounds for item in items if item is not None]
 
@@ -741,24 +658,11 @@ class Distributed:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
-    def require_shared(self, folder: Path) -> None:
-        """Check that all processes see one folder.
-
-        Raises:
-            UserError: some machine does not.
-        """
-        if self.world_size == 1:
-            return
-        probe = folder / f".{PROGRAM}.shared"
-        if self.rank == 0:
-            atomic_write(probe, b"")
-        self.wait()
-        seen = self.gather([probe.exists()])
-        if self.rank == 0:
-            probe.unlink()
-        if not all(seen):
-            raise UserError(f"{folder}: is not shared by all machines; --checkpoint must be in a "
-                            "folder that they share", EXIT_FAILED)
+    def require_shared(self, file: Path) -> None:
+        """Raise UserError where some machine does not see a file that rank 0 has made."""
+        if not all(self.gather([file.exists()])):
+            raise UserError(f"{file.parent}: is not shared by all machines; --checkpoint must be "
+                            "in a folder that they share", EXIT_FAILED)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -769,55 +673,40 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left."""
-    with contextlib.suppress(OSError):  # no such folder, or another process was faster
-        for name in os.listdir(folder):
-            found = re.fullmatch(r"\..+\.[0-9a-f]{4,}\.tmp", name)
-            if found and time.time() - os.stat(folder / name).st_mtime > STALE_SECONDS:
-                os.unlink(folder / name)
+    """Remove the temporary files that processes left which were killed an hour ago or earlier."""
+    with contextlib.suppress(OSError):  # another process was faster
+        for path in folder.glob(TEMPORARY.format("[0-9a-f]" * 12)):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path in the same folder, whose file becomes `path` when it is whole and on the disk.
 
-    A link's target is replaced, not the link; the mode of an earlier file stays. Temporary files
-    that killed processes left are removed. May raise OSError.
+    A link's target is replaced, not the link; the mode of an earlier file stays. May raise OSError.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(path.parent)
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # file systems take 255 bytes
-    temporary = path.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(TEMPORARY.format(secrets.token_hex(6)))
     try:
         yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
         if path.exists():
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        sync(temporary)
+            shutil.copymode(path, temporary)
         temporary.replace(path)
-        sync(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            temporary.unlink()
-
-
-def sync(path: Path) -> None:
-    """Have a file, or on POSIX a folder, reach the disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is whole; before, the old one stays.
-
-    Raises:
-        UserError: no space, no permission, not a folder.
-    """
+    """Write a file whole or not at all; UserError where there is no space or no permission."""
     try:
         with temporary_file(path) as temporary:
             temporary.write_bytes(content)
@@ -828,15 +717,14 @@ def atomic_write(path: Path, content: bytes) -> None:
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     """Return rows as CSV; None and NaN become empty cells, control characters are escaped."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow({key: csv_cell(row.get(key)) for key in columns})
+        writer.writerow([_csv_cell(row.get(name)) for name in columns])
     return text.getvalue().encode(errors="surrogateescape")  # a file's name may be any bytes
 
 
-def csv_cell(value: Any) -> Any:
-    """Return what csv is to write for a value."""
+def _csv_cell(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: printable(found[0]), value)
     return None if value != value else value
@@ -848,11 +736,7 @@ def json_text(content: object) -> bytes:
 
 
 def require_writable(path: Path) -> None:
-    """Check before long work that `atomic_write` will be able to write a file at its end.
-
-    Raises:
-        UserError: as there.
-    """
+    """Check before long work that `atomic_write` will be able to write a file; errors as there."""
     try:
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -864,66 +748,45 @@ def require_writable(path: Path) -> None:
 
 
 def require_new(paths: Iterable[Path], remedy: str) -> None:
-    """Refuse to replace files.
-
-    Raises:
-        UserError: one of them is there; `remedy` says what to do.
-    """
+    """Raise UserError where one of the files is there; `remedy` says what to do."""
     for path in paths:
         if os.path.lexists(path):
             raise UserError(f"{path}: is there already; {remedy}")
 
 
-def is_ours(path: Path, header: bytes = b"") -> bool:
+def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
     """Return whether a file begins with `header`, or carries this program's name."""
     if not path.is_file() or not path.stat().st_size:
         return False
+    pattern = rb"%b|\A%b" % (PROGRAM.encode(), header)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        begins = bool(header) and content[: len(header)] == header
-        return begins or content.find(PROGRAM.encode()) >= 0
+        return re.search(pattern, content) is not None
 
 
-class RunLock:
-    """A lock on a run's files that dies with its process, so a crash leaves none behind.
-
-    Raises:
-        UserError: another process holds it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: IO[bytes] | None = None
-
-    def __enter__(self) -> RunLock:
+@contextlib.contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with the process; UserError where another process has it."""
+    require_writable(path)
+    with path.open("ab") as file:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("ab")
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise FileExistsError  # removed by its holder and made anew since it was opened
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise UserError(f"{path}: another run with this --checkpoint is under way; wait for "
+                            "its end or use another --checkpoint", EXIT_FAILED) from error
         try:
-            lock_file(self.file)
-        except OSError as error:
-            raise UserError(f"{self.path}: another run with this --checkpoint is under way; wait "
-                            "for its end or use another --checkpoint", EXIT_FAILED) from error
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-        if self.file:
-            self.file.close()
-
-
-def lock_file(file: IO[bytes]) -> None:
-    """Lock an open file; OSError where another process has."""
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
 
 
 def write_checkpoint(path: Path, content: Content) -> str:
@@ -941,10 +804,10 @@ def file_digest(path: Path) -> str:
 
 
 def read_checkpoint(path: Path, kind: str) -> Content:
-    """Return the content of a file of this program: "model" (STEM.pth) or "state" (STEM.last.pth).
+    """Return the content of a "model" (STEM.pth) or a "state" (STEM.last.pth) of this program.
 
     Raises:
-        UserError: missing, damaged, holding a number that is not finite, or something else.
+        UserError: it is something else, or as of `read_weights`.
     """
     content = read_weights(path, "--checkpoint wants the .pth file that training wrote")
     if content.get("format") != PROGRAM or content.get("kind") != kind:
@@ -959,48 +822,37 @@ def read_weights(path: Path, remedy: str) -> Content:
     Raises:
         UserError: missing, damaged, unsafe, or not a dict; `remedy` says what is wanted.
     """
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, remedy)
     try:
         if not path.is_file():  # before opening: a FIFO or a device would be read for ever
             raise FileNotFoundError(None, "not a file" if path.exists() else "no such file")
-        with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
-                check_archive(file)
-            file.seek(0)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds other things than tensors and plain values, or is no file "
-                        f"of weights; {remedy}") from error
-    except Exception as error:  # zip, key, type and runtime errors: torch.load documents none
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{path}: is damaged or no file of weights ({reason}); {remedy}") from error
+    except Exception as error:  # of many kinds, none documented; torch's text advises to run code
+        raise UserError(f"{path}: is damaged, no file of weights, or holds other things than "
+                        f"tensors and plain values; {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name; {remedy}")
     return content
 
 
 def check_archive(file: IO[bytes]) -> None:
-    """Verify the checksums of a zip archive, which torch.load does not; ValueError where wrong."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("compressed, which torch.save never does")
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
-
-
-def read_safetensors(path: Path, remedy: str) -> Content:
-    """Return the tensors of a .safetensors file; errors as of `read_weights`."""
-    try:
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
-    except ImportError as error:
-        raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
-    except Exception as error:  # its own error type, and those of files
-        raise UserError(f"{path}: is damaged or no file of weights; {remedy}") from error
+    """Verify the checksums of a zip archive, which torch.load does not; OSError where wrong."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise OSError("compressed, which torch.save never does")
+            if damaged := archive.testzip():
+                raise OSError(f"damaged: the checksum of {damaged} is wrong")
+    file.seek(0)
 
 
 # ===== 3 decoding =================================================================================
@@ -2359,7 +2211,7 @@ class CamMethod:
 
 CAM_METHODS = {
     "fine": CamMethod(
-        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (2, grad_cam), (3, grad_cam)),
+        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam)),
         "peak: log odds above the threshold", fused=True),
     "gradcam": CamMethod(((3, grad_cam),), "logits"),
 }
@@ -4827,12 +4679,12 @@ def shared_decode(
     scan: Scan, shape: Shape, folder: Path, config: Config, distributed: Distributed
 ) -> list[CachedImage]:
     """Return the decoded images of a scan; one process of each machine decodes, the others wait."""
-    key, builds = f"{scan.split}-{shape}", distributed.local_rank == 0
+    builds = distributed.local_rank == 0
     if not builds:
-        distributed.wait_for_decoding(key)
+        distributed.wait_for_decoding()
     caches = decode_scan(scan, *shape, folder, config.workers)
     if builds:
-        distributed.wait_for_decoding(key)
+        distributed.wait_for_decoding()
     return caches
 
 
@@ -4855,17 +4707,17 @@ def evaluate_command(config: Config, signals: StopSignals) -> int:
 def train_command(config: Config, signals: StopSignals) -> int:
     """Train, keep the best model by --select, then evaluate it once on valid/."""
     state_file, files = config.file(".last.pth"), [config.file(e) for e in RUN_FILES]
-    lock = RunLock(config.file(".lock")) if is_main_process() else contextlib.nullcontext()
+    lock = run_lock(config.file(".lock")) if is_main_process() else contextlib.nullcontext()
     with lock:
         content: Content = {}
-        if config.resume == "required" or (config.resume and state_file.exists()):
+        if config.resume is True or (config.resume and state_file.exists()):
             content = read_state(state_file)
             config = resumed_config(config, content)
         elif not config.overwrite and is_main_process():
             require_new(files, "--resume continues that run, --overwrite replaces it")
         require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
-        distributed.require_shared(config.checkpoint[0].parent)
+        distributed.require_shared(config.file(".lock"))
         train_and_test(config, content, hardware, distributed, signals)
     return EXIT_DONE
 
@@ -5271,45 +5123,43 @@ def load(
     ('abnormal', 0.93)
 
     Args:
-        checkpoints: files that training wrote.
+        checkpoints: files that training wrote; UserError where one cannot be loaded.
         device: as --device.
         threshold: abnormal above this probability (default: the models').
-
-    Raises:
-        UserError: a file cannot be loaded.
     """
-    config = Config(checkpoint=tuple(Path(path) for path in checkpoints), device=device)
+    config = Config(checkpoint=tuple(map(Path, checkpoints)), device=device)
     ensemble = load_ensemble(config, choose_precision(choose_device(device), config.precision))
-    stored, _ = stored_threshold(ensemble.models)
-    return Predictor(ensemble, stored if threshold is None else threshold, config)
-
-
-def run_command(config: Config, signals: StopSignals) -> int:
-    """Run the mode that the options ask for; returns the exit code."""
-    if is_distributed() and config.mode not in "TE":
-        raise UserError("torchrun is for training and --evaluate: leave it out")
-    choose_backend()
-    commands = {"T": train_command, "E": evaluate_command, "P": predict_command,
-                "X": export_command, "D": demo_command}
-    return commands[config.mode](config, signals)
+    return Predictor(ensemble, threshold or stored_threshold(ensemble.models)[0], config)
 
 
 def main(config: Config) -> int:
-    """Run the program; every outcome becomes an exit code, every failure one line."""
+    """Run the mode that the options ask for; every outcome becomes an exit code.
+
+    A failure is one line on stderr. One of several processes then ends here and now: NCCL takes
+    leave together, so it would wait for others, who wait for it.
+    """
+    commands = {"T": train_command, "E": evaluate_command, "P": predict_command,
+                "X": export_command, "D": demo_command}
     with StopSignals() as signals:
         try:
-            code = run_command(config, signals)
+            if is_distributed() and config.mode not in "TE":
+                raise UserError("torchrun is for training and --evaluate: leave it out")
+            choose_backend()
+            code = commands[config.mode](config, signals)
             if dist.is_initialized():
                 dist.destroy_process_group()
             return code
         except Stopped as stopped:
+            code = stopped.exit_code
             warn(f"{stopped}{how_to_go_on(config)}")
-            return leave(stopped.exit_code)
         except Exception as error:
+            code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
             if config.debug:
                 traceback.print_exc()
             warn(describe_error(error, config), failed=True)
-            return leave(error.exit_code if isinstance(error, UserError) else EXIT_FAILED)
+        if dist.is_initialized():
+            os._exit(code)
+        return code
 
 
 def how_to_go_on(config: Config) -> str:
@@ -5317,12 +5167,9 @@ def how_to_go_on(config: Config) -> str:
     state = config.file(".last.pth")
     if config.mode != "T" or not state.exists():
         return ""
-    words = ["python", f"{PROGRAM}.py", "--checkpoint", str(config.checkpoint[0]), "--resume"]
-    names = ("data_dir", "labels", "cache_dir", "device", "epochs", "workers", "bootstrap",
-             "save_every", "prevalence")
-    for name in names:
-        if name in config.given:
-            words += [flag_of(name), str(getattr(config, name))]
+    words = ["python", f"{PROGRAM}.py", *config.command]
+    if not config.resume:
+        words = [word for word in words if word != "--overwrite"] + ["--resume"]
     return f"; the state is in {state}; to go on: {shlex.join(words)}"
 
 
@@ -5331,39 +5178,24 @@ def describe_error(error: Exception, config: Config) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        advice = f"--grad-accum-steps {2 * config.grad_accum_steps}" if config.mode in "TD" else ""
-        return f"out of memory: use {advice or f'--batch-size {max(1, config.batch_size // 2)}'}"
-    reason = next(iter(str(error).strip().splitlines()), "no message")
+        if config.mode in "TD":
+            return f"out of memory: use --grad-accum-steps {2 * config.grad_accum_steps}"
+        return f"out of memory: use --batch-size {max(1, config.batch_size // 2)}"
+    reason = str(error).strip().partition("\n")[0] or "no message"
     hint = "" if config.debug else " (--debug shows where)"
     return f"{type(error).__name__}: {reason}{hint}"
 
 
-def leave(code: int) -> int:
-    """Return the exit code of a run that ended early; one of several processes ends here and now.
-
-    NCCL takes leave together: a process that failed would wait for others who wait for it.
-    """
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
 def run_as_script(config: Config) -> int:
     """Run `main` with streams whose failure does not end the work, but shows in the exit code."""
-    for name in ("stdout", "stderr"):
-        stream, lost = getattr(sys, name), ""
-        if stream is None:  # as by `>&-`
-            stream, lost = Path(os.devnull).open("w"), "closed"  # noqa: SIM115
+    streams: list[Any] = []
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks
-        setattr(sys, name, SafeStream(stream, lost))
+        streams.append(SafeStream(stream))
+    sys.stdout, sys.stderr = streams
     code = main(config)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    failed = any(getattr(stream, "lost", "") for stream in (sys.stdout, sys.stderr))
-    return code or (EXIT_FAILED if failed else EXIT_DONE)
+    return code or int(any(stream.lost for stream in streams))
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def main() -> None:
         "--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS)
     )
     parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
-    parser.add_argument("--device", default="auto", type=mura.device_name, help="as of the program")
+    parser.add_argument("--device", default="auto", help="as of the program")
     parser.add_argument(
         "--model", choices=("densenet169", "resnet50"), help="of the training and CAM rows"
     )

@@ -362,7 +362,7 @@ def test_a_stopped_run_names_the_command_that_goes_on(
         return code
 
     flags = [*TINY, "--epochs", "900", "--patience", "800", "--grad-accum-steps", "2",
-             "--save-every", "5", "--on-bad-image", "skip", "--prevalence", "0.1"]
+             "--save-every", "5", "--on-bad-image", "skip", "--prevalence", "0.1", "--overwrite"]
     command = list(map(str, ["--data-dir", phantoms, "--checkpoint", "my runs/m.pth", *flags]))
     assert run_until_terminated(command) == 143
     line = capsys.readouterr().err.splitlines()[-1]
@@ -372,12 +372,21 @@ def test_a_stopped_run_names_the_command_that_goes_on(
     assert (program, script) == ("python", "mura_anomaly_detection.py")
     done = len(rows_of(history))
     assert run_until_terminated(words) == 143
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "resumed from" in out and f"epoch {done + 1}/900" in out
+    assert err.splitlines()[-1] == line  # the same command goes on again
     first, second = (asdict(config) for config in configs)
-    assert {name for name in first if first[name] != second[name]} == {"resume", "given"}
+    assert {name for name in first if first[name] != second[name]} == {
+        "resume", "overwrite", "given", "command"}
     epochs = [int(row["epoch"]) for row in rows_of(history)]
     assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) > done
+
+
+def test_a_run_that_goes_on_by_itself_names_its_own_command(here: Path) -> None:
+    Path("a b.last.pth").touch()
+    words = ["--data-dir", "d", "--checkpoint", "a b.pth", "--resume", "auto"]
+    line = mura.how_to_go_on(mura.parse_options(words))
+    assert shlex.split(line.partition("; to go on: ")[2])[2:] == words
 
 
 WRONG = {  # the command, its exit code, what the line names

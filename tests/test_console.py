@@ -244,12 +244,14 @@ def test_what_killed_processes_left_is_removed_after_a_while(tmp_path: Path) -> 
     assert stale != fresh  # two processes never write to one temporary file
     for left in (stale, fresh):
         left.write_bytes(b"half")
-    foreign = tmp_path / ".f.csv.0.tmp"
-    foreign.write_bytes(b"another program's")
-    for left in (stale, foreign):
-        os.utime(left, (time.time() - 25 * 3600,) * 2)
+    foreign = {".f.csv.0.tmp", ".f.csv.0123456789ab.tmp", stale.name.replace(".tmp", "0.tmp"),
+               f".{mura.PROGRAM}.0a1b.tmp", f".{mura.PROGRAM}.notes.tmp"}
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"another program's")
+    for left in (stale.name, *foreign):
+        os.utime(tmp_path / left, (time.time() - 25 * 3600,) * 2)
     mura.atomic_write(path, b"")
-    assert not stale.exists() and fresh.exists() and foreign.exists()
+    assert names(tmp_path) == {*foreign, fresh.name, "f.csv", "old", "young"}
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
@@ -397,7 +399,7 @@ def test_a_compressed_archive_is_refused_unread(
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
     assert torch.load(path, weights_only=True)["kind"] == "model"
-    assert "damaged" in refusal(path) and "compressed" in refusal(path)
+    assert "compressed" in refusal(path)
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -414,6 +416,22 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "text")
     refusal(path)
+
+
+def test_what_torch_warns_of_stays_away_from_the_terminal(
+    tmp_path: Path, whole: Whole, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A zip archive that could be TorchScript."""
+    path = tmp_path / "m.pth"
+    path.write_bytes(whole[1])
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{folder}/constants.pkl", b"")
+    with contextlib.suppress(RuntimeError):
+        torch.load(path, weights_only=True)
+    assert "TorchScript" in str(recwarn.pop(UserWarning).message)
+    assert "damaged" in refusal(path)
+    assert not recwarn.list
 
 
 def test_a_model_is_no_state_and_a_state_no_model(tmp_path: Path) -> None:
@@ -498,36 +516,55 @@ def test_safetensors_are_read_where_their_package_is_there(
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.lock"
-    with mura.RunLock(path):
-        assert in_child(lambda: mura.RunLock(path).__enter__())[0] == 9
+    with mura.run_lock(path):
+        assert in_child(mura.run_lock(path).__enter__)[0] == 9
         with pytest.raises(mura.UserError, match="another run with this --checkpoint") as caught:
-            mura.RunLock(path).__enter__()
+            mura.run_lock(path).__enter__()
         assert caught.value.exit_code == mura.EXIT_FAILED
-        with mura.RunLock(tmp_path / "other.lock"):
+        with mura.run_lock(tmp_path / "other.lock"):
             pass
         with pytest.raises(mura.UserError):  # the refused ones took nothing away
-            mura.RunLock(path).__enter__()
-    with mura.RunLock(path):
+            mura.run_lock(path).__enter__()
+    with mura.run_lock(path):
         pass
     assert names(path.parent) == set()
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: bool
+) -> None:
+    """The run that held it ends between `open` and lock; a third may have made the file anew."""
+    path, lock = tmp_path / "run.lock", fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        path.unlink()
+        if third:
+            path.touch()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(mura.UserError, match="another run"):
+        mura.run_lock(path).__enter__()
+    assert path.exists() == third
 
 
 def test_a_lock_that_a_crash_left_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
 
     def crash() -> None:
-        mura.RunLock(path).__enter__()
-        os.kill(os.getpid(), signal.SIGKILL)
+        with mura.run_lock(path):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(crash) == (0, signal.SIGKILL)
     assert path.exists()
-    with mura.RunLock(path):
-        assert in_child(lambda: mura.RunLock(path).__enter__())[0] == 9
+    with mura.run_lock(path):
+        assert in_child(mura.run_lock(path).__enter__)[0] == 9
 
 
 def test_a_failing_run_gives_its_lock_back(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), mura.RunLock(tmp_path / "run.lock"):
+        with pytest.raises(ZeroDivisionError), mura.run_lock(tmp_path / "run.lock"):
             raise ZeroDivisionError
     assert names(tmp_path) == set()
 
@@ -535,7 +572,7 @@ def test_a_failing_run_gives_its_lock_back(tmp_path: Path) -> None:
 def test_a_lock_in_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(mura.UserError, match="cannot be written"):
-        mura.RunLock(tmp_path / "file" / "r.lock").__enter__()
+        mura.run_lock(tmp_path / "file" / "r.lock").__enter__()
 
 
 # ---- output that fails ----
@@ -827,9 +864,8 @@ def test_a_process_alone_gathers_and_sums_its_own(tmp_path: Path) -> None:
     assert alone.gather([3, None, 5]) == [3, None, 5]
     assert alone.sum(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
     alone.wait()
-    alone.wait_for_decoding("x")
+    alone.wait_for_decoding()
     alone.require_shared(tmp_path)
-    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -837,10 +873,10 @@ def test_a_folder_that_some_machine_does_not_see_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     job = mura.Distributed()
-    job.world_size = 2
-    monkeypatch.setattr(job, "wait", lambda: None)
     monkeypatch.setattr(job, "gather", lambda seen: [*seen, shared])
-    refusal = pytest.raises(mura.UserError, match="is not shared by all machines")
+    (tmp_path / "run.lock").touch()
+    refusal = pytest.raises(mura.UserError, match=f"{tmp_path}: is not shared by all machines")
     with contextlib.nullcontext() if shared else refusal:
-        job.require_shared(tmp_path)
-    assert names(tmp_path) == set()
+        job.require_shared(tmp_path / "run.lock")
+    with pytest.raises(mura.UserError, match="is not shared"):
+        job.require_shared(tmp_path / "missing.lock")

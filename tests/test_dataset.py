@@ -1232,7 +1232,7 @@ def test_temporary_files_of_killed_runs_are_swept(complete: bool, root: Path) ->
     path = decoded(root, ["HAND"])[0].path
     if not complete:
         path.with_suffix(".json").unlink()
-    old, young = (path.with_name(f".{path.name}.{name}.tmp") for name in ("0a1b", "2c3d"))
+    old, young = (path.with_name(mura.TEMPORARY.format(name * 6)) for name in ("0a", "2c"))
     for file, hours in ((old, 3), (young, 0)):
         file.write_bytes(b"part")
         os.utime(file, (time.time() - 3600 * hours,) * 2)

@@ -747,10 +747,10 @@ def test_layercam_of_a_stage_equals_pytorch_grad_cam(name: str, network: Any, st
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["abnormal", "normal"])
 def test_fine_is_the_product_of_pytorch_grad_cams_maps(name: str, network: Any, sign: int) -> None:
-    """LayerCAM of the first three stages and Grad-CAM of the last two, each in its place and with a peak of 1."""
+    """LayerCAM of the first three stages and Grad-CAM of the last, each in its place and with a peak of 1."""
     peer = peer_maps(name, sign)
     product = torch.ones(3, SIDE, SIDE)
-    terms = [("layer_cam", 0), ("layer_cam", 1), ("layer_cam", 2), ("grad_cam", 2), ("grad_cam", 3)]
+    terms = [("layer_cam", 0), ("layer_cam", 1), ("layer_cam", 2), ("grad_cam", 3)]
     for rule, stage in terms:
         found = peer[rule, stage]
         placed = mura.enlarge(found, SIDE, network.architecture.stages[stage])

@@ -1661,7 +1661,8 @@ def test_torchrun_starts_a_killed_process_again(data: Path, alone: Path, tmp_pat
     command = training(data, tmp_path / "run.pth", *SHARED, "--resume", "auto")
     marker = tmp_path / "killed"
     options = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    run = torchrun(command, *options, DIE_ONCE=f"1:2:{marker}")
+    variables = {"DIE_ONCE": f"1:2:{marker}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    run = torchrun(command, *options, **variables)
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     assert marker.exists()
