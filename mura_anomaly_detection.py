@@ -2252,13 +2252,13 @@ def stage_maps(
 def enlarge(maps: Tensor, side: int, stage: Stage | None = None) -> Tensor:
     """Return maps (B, h, w) on the input's pixels, (B, side, side).
 
-    With a stage each cell is spread around its place by a Gaussian of 0.5 cells, but of at least
+    With a stage each cell is spread around its place by a Gaussian of 0.6 cells, but of at least
     1/56 of the side, as finer heat is grain; without, bilinearly and as if cells covered the image.
     """
     if not stage:
         return functional.interpolate(maps[:, None], (side, side), mode="bilinear")[:, 0]
     positions = (torch.arange(side, device=maps.device) - stage.offset) / stage.stride
-    spread = max(0.5, side / 56 / stage.stride)
+    spread = max(0.6, side / 56 / stage.stride)
     weights = []
     for count in maps.shape[1:]:  # beyond the outer cells the map stays as it is
         cells = torch.arange(count, device=maps.device)

@@ -872,7 +872,7 @@ def test_a_cell_lies_at_its_offset_and_stride(stage: Any) -> None:
     maps[1, row, column] = 5
     heat = mura.enlarge(maps, side, stage).numpy()
     assert heat.shape == (2, side, side) and not heat[0].any()
-    spread, profiles = max(0.5, side / 56 / stage.stride), []
+    spread, profiles = max(0.6, side / 56 / stage.stride), []
     for cell, count in ((row, rows), (column, columns)):
         places = ((np.arange(side) - stage.offset) / stage.stride).clip(0, count - 1)
         density = norm.pdf(places[:, None], np.arange(count), spread)
