@@ -1511,7 +1511,8 @@ def test_writing_rows_takes_a_tenth_of_the_time_at_most(
     *during, (_, rows) = writes
     assert rows == 60
     pauses = np.diff([began for began, _ in during]) - cost
-    assert len(pauses) > 3 and pause <= pauses.min() and pauses.max() <= 1.5 * pause
+    assert len(pauses) > 2
+    assert pause <= pauses.min() + 1e-6 and pauses.max() <= 1.5 * pause + 1e-6
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
