@@ -4443,6 +4443,9 @@ def require_own_report(config: Config, split: str) -> None:
     files, is_own = report_files(config, split), config.overwrite
     require_writable(files[0])
     if config.figure:
+        if config.cam_class == "predicted":
+            raise UserError("--cam-class predicted: a sheet of --evaluate has one colour scale; use "
+                            "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
         require_targets(config, {"figure": sheets})
     with OPTIONAL:  # absent, or of another program
@@ -4480,7 +4483,7 @@ class Study:
     """An input: an image, or a study with its views, and what the models answered."""
 
     path: Path
-    files: Sequence[Path] = ()
+    files: list[Path] = field(default_factory=list)
     uid: str = ""  # DICOM StudyInstanceUID
     error: str = ""
     views: Sequence[ViewResult] = ()
@@ -4572,7 +4575,7 @@ def search_folder(top: Path) -> list[Study]:
                 continue
             uid, place = ("", folder) if is_study else (header.study_uid, path)
             study = found.setdefault(uid or place, Study(place, uid=uid))
-            study.files = [*study.files, path]
+            study.files.append(path)
             if uid and len(study.files) > 1:
                 study.path = Path(os.path.commonpath([file.parent for file in study.files]))
     if skipped:
@@ -4633,9 +4636,8 @@ class Predictor:
         paths = (path for study in studies for path in study.files)
         views = self.classify(map_ahead(self.read, paths, workers, size))
         for study in studies:
-            study.views = list(itertools.islice(views, len(study.files)))
-            self.pool(study)
-            yield study
+            found = list(itertools.islice(views, len(study.files)))
+            yield self.pool(replace(study, views=found))  # a copy: its images go when it goes
 
     def read(self, path: Path) -> ViewResult:
         """Return a decoded image with each model's input, or why it cannot be read."""
@@ -4674,8 +4676,8 @@ class Predictor:
             if not math.isfinite(probability):
                 view.error = "the model's output is not finite"
 
-    def pool(self, study: Study) -> None:
-        """Set an input's answer from its views, and their heatmaps and boxes."""
+    def pool(self, study: Study) -> Study:
+        """Return an input with its answer, from its views, whose heatmaps and boxes are set."""
         each = np.array([view.probability for view in study.readable])
         if len(each):
             pooled = pool_views(each, np.zeros(len(each)), self.ensemble.study_temperature)
@@ -4689,6 +4691,7 @@ class Predictor:
         errors = [f"{view.path.name}: {view.error}" for view in study.views if view.error]
         if errors:
             study.error = "; ".join(errors) if len(study.views) > 1 else study.views[0].error
+        return study
 
     def explain(self, view: ViewResult, sign: float) -> None:
         """Set the heatmap and the box of an image: 1 for "abnormal", -1 for "normal"."""
@@ -4733,8 +4736,8 @@ def predict_command(config: Config, signals: StopSignals) -> int:
             for study, figure in zip(predictor.studies(inputs), figures, strict=True):
                 rows.append(full_row(config, study))
                 print_result(study, rows[-1].get("probability_at_prevalence"))
-                if archive:
-                    save_maps(archive, study)
+                if archive and config.save_cam:
+                    save_maps(archive, study, config.save_cam)
                 if figure and study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
@@ -4757,10 +4760,9 @@ def figure_files(figure: Path | None, inputs: Sequence[Study]) -> list[Path | No
     Raises:
         UserError: one picture is named for several inputs.
     """
-    names = []
-    for study in inputs:
-        stem = Path(os.path.realpath(study.path)).stem  # unlike Path.resolve, it takes a loop
-        names.append(os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING)  # 255 bytes at most
+    # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
+    stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
+    names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
     is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
     if len(inputs) == 1:
         return [figure if is_picture else Path(figure or "", *names)]
@@ -4858,30 +4860,39 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
+    inner = None
     try:
         with (temporary_file(path) as temporary,
               zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
             archive.comment = PROGRAM.encode()
-            yield archive
-    except OSError as error:  # all else that is written meanwhile names its file itself
+            try:
+                yield archive
+            except OSError as error:
+                inner = error
+                raise
+    except OSError as error:
+        if error is inner:  # of what was done meanwhile
+            raise
         raise unwritable(path, error) from error
 
 
-def save_maps(archive: zipfile.ZipFile, study: Study) -> None:
-    """Add a result's heatmaps to an .npz archive, by the path of their images.
+def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
+    """Add a result's heatmaps to the .npz archive, by the path of their images.
 
     As numpy.savez_compressed does, which does not take an image of the name "file".
     """
     for view in study.readable:
         name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
-        if name not in archive.NameToInfo:  # given twice
+        if name in archive.NameToInfo:  # given twice
+            continue
+        try:
             with archive.open(name, "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, view.heatmap)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
-def explain_result(
-    study: Study, file: Path, *, show: bool, lesion: Box | None = None
-) -> None:
+def explain_result(study: Study, file: Path, *, show: bool, lesion: Box | None = None) -> None:
     """Save original | heatmap | overlay of an input, a row a view."""
     window = study.path.name if show else ""
     content = save_explanation(*study.explanation, [lesion], suffix=file.suffix, window=window)

@@ -489,6 +489,12 @@ def test_evaluation_replaces_nothing_foreign(
     assert Path(name).read_bytes().startswith(b"path," if name.endswith("csv") else b"\x89PNG")
 
 
+def test_a_gallery_of_two_classes_on_one_scale_is_refused(evaluate: Ask, capsys: Captured) -> None:
+    assert evaluate("--figure", "gallery", "--cam-class", "predicted") == mura.EXIT_USAGE
+    assert "--cam-class predicted" in error_line(capsys.readouterr()) and not os.listdir()
+    assert evaluate("--figure", "gallery", "--cam-class", "normal") == 0
+
+
 def test_the_gallery_is_worst_first_with_heatmaps(
     evaluate: Ask, evaluated: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
