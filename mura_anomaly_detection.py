@@ -4444,7 +4444,7 @@ def require_own_report(config: Config, split: str) -> None:
     require_writable(files[0])
     if config.figure:
         if config.cam_class == "predicted":
-            raise UserError("--cam-class predicted: a sheet of --evaluate has one colour scale; use "
+            raise UserError("--cam-class predicted: a sheet of --evaluate has one scale; use "
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
         require_targets(config, {"figure": sheets})
@@ -4772,8 +4772,7 @@ def figure_files(figure: Path | None, inputs: Sequence[Study]) -> list[Path | No
 
 
 def require_targets(
-    config: Config, targets: Mapping[str, Sequence[Path | None]],
-    inputs: Sequence[Study] = (),
+    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[Study] = ()
 ) -> None:
     """Check before the work that the files of each flag can be written and replace nothing foreign.
 
@@ -4781,7 +4780,6 @@ def require_targets(
         UserError: one is an input, cannot be written, or is there and not of this program.
     """
     read = {os.path.realpath(path) for study in inputs for path in study.files}
-    header = ",".join(OUTPUT_COLUMNS[:5]).encode()
     for flag, paths in targets.items():
         wanted = [path for path in paths if path]
         for path in wanted[:1]:
@@ -4789,7 +4787,7 @@ def require_targets(
         for path in wanted:
             if os.path.realpath(path) in read:
                 raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-            if path.exists() and not config.overwrite and not is_ours(path, header):
+            if path.exists() and not config.overwrite and not is_ours(path):
                 raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
                                 "another name, or --overwrite")
 
@@ -4845,12 +4843,14 @@ def print_result(study: Study, at_prevalence: float | None) -> None:
         warn(f"{study.path}: {study.error}")
     if not study.label:
         return
-    is_study = len(study.views) > 1
-    views = f", {len(study.views)} views" if is_study else ""
-    corrected = f", {percent(at_prevalence)} at --prevalence" if at_prevalence else ""
-    chance = percent(study.probability)
-    log(f"{study.path}: {study.summary} (probability of abnormal {chance}{corrected}{views})")
-    for view in study.readable if is_study else ():
+    notes = f"probability of abnormal {percent(study.probability)}"
+    if at_prevalence:
+        notes += f", {percent(at_prevalence)} at --prevalence"
+    if len(study.views) < 2:
+        log(f"{study.path}: {study.summary} ({notes})")
+        return
+    log(f"{study.path}: {study.summary} ({notes}, {len(study.views)} views)")
+    for view in study.readable:
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
 
@@ -5055,11 +5055,10 @@ def train_command(config: Config, signals: StopSignals) -> int:
             ensemble = load_ensemble(config, hardware)
             evaluate_ensemble(config, ensemble, test, distributed, signals)
         else:
-            warn("there is no valid/, so there is no test; --evaluate --labels tests on other "
-                 "images")
+            warn("there is no valid/, so no test; --evaluate --labels tests on other images")
         model, state = config.checkpoint[0], trainer.state
-        best = f"epoch {state.best_epoch} of {state.epoch}, by val {config.select}"
-        log(f"best model: {model} ({best})")
+        log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val "
+            f"{config.select})")
         log(f"next: python {PROGRAM}.py --predict IMAGE --checkpoint {shlex.quote(str(model))}")
     return EXIT_DONE
 
@@ -5103,6 +5102,9 @@ def make_trainer(
     patients = {}
     for name, dataset in (("train", train), ("val", val)):
         patients[name] = sorted({record.patient for record in dataset.records})
+        if not patients[name]:
+            raise UserError(f"{scan.folder}: no image of {name} can be read; replace the bad "
+                            "ones, or change --val-split", EXIT_FAILED)
         log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
     seen = set(itertools.chain(*earlier.get("patients", {}).values()))
     warn_about_initial_model(config, earlier, len(seen & set(patients["val"])))
@@ -5131,15 +5133,15 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
     """
     torch.manual_seed(config.seed)
     source = "none" if resumed else config.weights
-    if source == "none":
-        return Network(config.model), {}
+    content: Content = {}
     if source == "imagenet":
         content = imagenet_weights(config.model)
-    else:
+    elif source != "none":
         content = read_weights(Path(source), "--weights wants imagenet, none, or a file of weights")
     if content.get("format") != PROGRAM:
         network = Network(config.model)
-        load_backbone(network, content, source)
+        if source != "none":
+            load_backbone(network, content, source)
         return network, {}
     try:
         network = Network(content["model"])
