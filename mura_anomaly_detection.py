@@ -4467,7 +4467,7 @@ class ViewResult:
     pixels: Pixels  # (H, W) of the original
     probability: float = math.nan  # of abnormal, the mean of the models
     cam: Any = None  # heatmap of the class explained, at most CAM_SIDE px a side; see CamMethod
-    box: tuple[int, ...] | None = None  # of the strongest region, in the original's pixels
+    box: Box | None = None  # of the strongest region, in the original's pixels
     error: str = ""
     warnings: Sequence[str] = ()
     squares: Sequence[Any] = ()  # (S, S): each model's input, then its map; empty at the end
@@ -4566,13 +4566,13 @@ def search_folder(top: Path) -> list[Study]:
     closed: list[OSError] = []
     skipped: list[str] = []
     found: dict[object, Study] = {}
-    for folder, names in walk_folders(top, closed.append):
-        is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", os.path.basename(os.path.realpath(folder)))
-        for path in (folder / name for name in names):
-            header = read_header(path)
-            if not header or (path.name.endswith(HEATMAP_ENDING) and is_ours(path)):
-                skipped.append(path.name)
-                continue
+    for path in walk_files(top, closed.append):
+        header, folder = read_header(path), path.parent
+        if not header or (path.name.endswith(HEATMAP_ENDING) and is_ours(path)):
+            skipped.append(path.name)
+        else:
+            name = os.path.basename(os.path.realpath(folder))
+            is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
             uid, place = ("", folder) if is_study else (header.study_uid, path)
             study = found.setdefault(uid or place, Study(place, uid=uid))
             study.files.append(path)
@@ -4585,20 +4585,16 @@ def search_folder(top: Path) -> list[Study]:
     return [*found.values(), *errors]
 
 
-def walk_folders(
-    top: Path, onerror: Callable[[OSError], object]
-) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each folder with its files' names, but hidden ones; through links, once each."""
+def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
+    """Yield the files below a folder, but hidden ones; links are followed, each folder once."""
     seen: set[str] = set()
     for folder, *children in os.walk(top, onerror=onerror, followlinks=True):
-        for names in children:
-            names[:] = sorted((name for name in names if name[0] != "."), key=natural_key)
         place = os.path.realpath(folder)
-        if place in seen:
-            children[0].clear()
-        else:
-            seen.add(place)
-            yield Path(folder), children[1]
+        for names in children:
+            visible = [name for name in names if name[0] != "." and place not in seen]
+            names[:] = sorted(visible, key=natural_key)
+        seen.add(place)
+        yield from (Path(folder, name) for name in children[1])
 
 
 # ---- predict: from files to results ----
@@ -4695,20 +4691,23 @@ class Predictor:
 
     def explain(self, view: ViewResult, sign: float) -> None:
         """Set the heatmap and the box of an image: 1 for "abnormal", -1 for "normal"."""
-        sides = np.array(view.pixels.shape)
-        scale = min(1, CAM_SIDE / sides.max())
-        shape, maps = np.maximum(1, (sides * scale).round()).astype(int).tolist(), []
+        height, width = view.pixels.shape
+        scale = min(1, CAM_SIDE / max(height, width))
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        maps = []
         for heat, model in zip(view.squares, self.ensemble.models, strict=True):
-            left, top, right, bottom = letterbox_box(sides[0], sides[1], *model.shape)
-            maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), *shape))
+            left, top, right, bottom = letterbox_box(height, width, *model.shape)
+            maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
         view.cam, view.squares = np.maximum(sign * np.mean(maps, axis=0), 0), ()
         above = sign * log_odds_above(view.probability, self.threshold)
         if self.method.fused:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
         box = strongest_region(view.cam)
         if box and sign > 0 and above > 0:
-            down, across = sides / shape
-            view.box = tuple(np.rint(box * np.array([across, down] * 2)).astype(int).tolist())
+            across, down = width / columns, height / rows
+            left, top, right, bottom = box
+            view.box = (round(left * across), round(top * down), round(right * across),
+                        round(bottom * down))
 
 
 def load_predictor(config: Config) -> Predictor:
@@ -4763,11 +4762,12 @@ def figure_files(figure: Path | None, inputs: Sequence[Study]) -> list[Path | No
     # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
     stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
     names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
-    is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
+    if figure and figure.suffix.lower() in FIGURE_SUFFIXES:
+        if len(inputs) > 1:
+            raise UserError(f"--figure {figure}: name a folder for several inputs")
+        return [figure]
     if len(inputs) == 1:
-        return [figure if is_picture else Path(figure or "", *names)]
-    if is_picture:
-        raise UserError(f"--figure {figure}: name a folder for several inputs")
+        return [Path(figure or "", *names)]
     return [figure and figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
 
 
