@@ -425,7 +425,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache, partial
 from statistics import NormalDist
 
@@ -1593,7 +1593,9 @@ class CachedImage(NamedTuple):
     error: str = ""  # why it could not be decoded; its pixels are black
 
 
-def open_cache(scan: Scan, size: int, resize: str, folder: Path) -> list[list[CachedImage]]:
+def open_cache(
+    scan: Scan, size: int, resize: str, folder: Path, *, verify: bool
+) -> list[list[CachedImage]]:
     """Return the images of a split, those of a body part together, as the cache has them."""
     opened = []
     for part in sorted({record.body_part for record in scan.records}):
@@ -1605,7 +1607,7 @@ def open_cache(scan: Scan, size: int, resize: str, folder: Path) -> list[list[Ca
             rows = json.loads(path.with_suffix(".json").read_bytes())
             squares = np.asarray(np.load(path, mmap_mode="r")).reshape(-1, size, size)
             known = enumerate(zip(records, rows, squares, strict=True))
-            images = [_checked(CachedImage(record, path, i, *row), square)
+            images = [_checked(CachedImage(record, path, i, *row), square if verify else None)
                       for i, (record, row, square) in known]
         except Exception:  # absent or damaged
             images = [CachedImage(record, path, i) for i, record in enumerate(records)]
@@ -1613,10 +1615,10 @@ def open_cache(scan: Scan, size: int, resize: str, folder: Path) -> list[list[Ca
     return opened
 
 
-def _checked(image: CachedImage, square: Pixels) -> CachedImage:
+def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
     """Return what the cache knows of an image, or nothing if its file or its copy has changed."""
     if image.signature == _signature(image.record.path):
-        if image.checksum == _digest(square.tobytes()):
+        if square is None or image.checksum == _digest(square.tobytes()):
             return image
         warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
     return CachedImage(*image[:3])
@@ -1641,7 +1643,7 @@ def decode_scan(
     sweep_temporaries(folder)
     workers = workers or core_count()
     decode = partial(_decode_image, size=size, resize=resize)
-    parts = open_cache(scan, size, resize, folder)
+    parts = open_cache(scan, size, resize, folder, verify=True)
     with Progress(len(scan.records), f"decode {scan.split}") as bar:
         for images in parts:
             todo = [image for image in images if not image.checksum]
@@ -3815,18 +3817,20 @@ FIGURE_ROWS = 16  # views in a figure at most; MURA's studies have up to 13
 FAINT_HEAT = 4.0  # log odds, from 0.5 to 0.98: the colour scale reaches at least this far
 CAM_SIDE = 1024  # pixels: maps of larger images are kept at this size, and enlarged where wanted
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
+SIGNS = {"abnormal": 1.0, "normal": -1.0}  # of a class in the logit
+DATE_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 EXPORT_TOLERANCE = 1e-4  # probability: how far an exported model may be from torch
 OUTPUT_COLUMNS = (
     "path", "prediction", "confidence", "probability", "error", "left", "top", "right", "bottom",
     "view", "study_uid", "probability_at_prevalence", "threshold", "model", "version", "date")
-REPORT_NOTES = [
+REPORT_NOTES = (
     "train/ was split by patient into train and val across body parts; val chose the epoch, and "
     "the temperatures were fitted on it. MURA's valid/ is the test: each further look makes it "
     "less so.",
     "The loss weighs both classes of a body part alike, so a probability is that among as many "
     "normal as abnormal images; --prevalence corrects it.",
     "With TTA a logit is the mean of those of the image and of its horizontal flip.",
-]
+    INTERVAL_NOTE)
 PAPER_NOTE = ("MURA's paper reports AUROC 0.929 on a hidden test set of 207 studies, which this is "
               "not: the numbers are not comparable.")
 
@@ -3837,22 +3841,12 @@ def load_ensemble(config: Config, hardware: DevicePrecision) -> Ensemble:
     return Ensemble(models, hardware)
 
 
-def stored_threshold(models: Sequence[LoadedModel]) -> tuple[float, str]:
-    """Return the models' threshold and where it is from; the mean where they differ."""
-    kinds = {(model.threshold, model.threshold_source) for model in models}
-    source = models[0].threshold_source if len(kinds) == 1 else "the mean of the models' own"
+def decision_threshold(config: Config, models: Sequence[LoadedModel]) -> tuple[float, str]:
+    """Return the threshold and its source: --threshold, else the models' own, or their mean."""
+    if isinstance(config.threshold, int | float):
+        return config.threshold, "given"
+    source = models[0].threshold_source if len(models) == 1 else "the mean of the models' own"
     return float(np.mean([model.threshold for model in models])), source
-
-
-def body_part_warning(models: Sequence[LoadedModel], body_part: str) -> str:
-    """Return a warning where no model was trained on a body part, else ""."""
-    parts = {part.upper().removeprefix("XR_") for model in models for part in model.body_parts}
-    known = sorted(parts)
-    name = body_part.upper().removeprefix("XR_")
-    if name in ("", "ALL", *known) or "ALL" in known:
-        return ""
-    return (f"shows a body part ({body_part}) that the model was not trained on (it was on "
-            f"{', '.join(known)}); the result is unreliable")
 
 
 def predicted_class(probability: float, threshold: float) -> str:
@@ -3860,147 +3854,27 @@ def predicted_class(probability: float, threshold: float) -> str:
     return "" if math.isnan(probability) else CLASSES[int(probability > threshold)]
 
 
+def body_part_warnings(models: Sequence[LoadedModel], body_part: str) -> list[str]:
+    """Return a warning where no model was trained on a body part."""
+    parts = [body_part, *(part for model in models for part in model.body_parts)]
+    name, *known = (part.upper().removeprefix("XR_") for part in parts)
+    if name in ("", "ALL", *known) or "ALL" in known:
+        return []
+    return [f"shows a body part ({body_part}) that the model was not trained on (it was on "
+            f"{', '.join(sorted(set(known)))}); the result is unreliable"]
+
+
 # ---- evaluate ----
 
 
-class Evaluation:
-    """The metrics of an ensemble on a split, and the files that hold them.
-
-    Args:
-        config: the flags of the evaluation.
-        ensemble: the models.
-        scan: the split.
-        members: each model's predictions.
-        notes: what else the report is to say.
-    """
-
-    def __init__(
-        self, config: Config, ensemble: Ensemble, scan: Scan, members: Sequence[Predictions],
-        notes: Sequence[str],
-    ) -> None:
-        self.config, self.ensemble, self.scan, self.members = config, ensemble, scan, members
-        mean = np.mean([member.probability for member in members], axis=0)
-        self.images = replace(members[0], probability=mean)
-        self.studies = pool_studies(self.images, ensemble.study_temperature)
-        self.threshold, self.source = stored_threshold(ensemble.models)
-        self.notes = [*REPORT_NOTES, *notes, INTERVAL_NOTE, *[PAPER_NOTE] * scan.is_mura]
-        rule = config.threshold
-        if isinstance(rule, float):
-            self.threshold, self.source = rule, "given"
-        elif rule and config.mode == "E":
-            self.threshold, self.source = choose_threshold(rule, self.studies), f"{rule} here"
-            self.notes.append("The threshold was chosen on these studies: metrics at it are "
-                              "optimistic.")
-
-    def measure(self, images: Predictions, study_temperature: float) -> Content:
-        """Return the metrics of images and of the studies they make up."""
-        config = self.config
-        return evaluate(
-            images, self.threshold, study_temperature=study_temperature, resamples=config.bootstrap,
-            seed=config.seed, prevalence=config.prevalence)
-
-    def report(self, bad_images: Mapping[str, str]) -> Content:
-        """Return what STEM.report.json holds."""
-        models, split = self.ensemble.models, self.scan.split
-        names = ("digest", "temperature", "study_temperature", "tta", "bad_images")
-        stored = {name: [getattr(model, name) for model in models] for name in names}
-        report = {
-            "split": split, "checkpoints": [str(model.path) for model in models],
-            "version": __version__, "date": now(), "is_mura": self.scan.is_mura,
-            "threshold": self.threshold, "threshold_source": self.source, "training": stored,
-            "bad_images": bad_images, "notes": self.notes,
-            **self.measure(self.images, self.ensemble.study_temperature),
-        }
-        return report | (self.compare_models() if len(models) > 1 else {})
-
-    def compare_models(self) -> Content:
-        """Return each model's metrics, and what it has more than the first; the ensemble, too."""
-        config, metrics, studies = self.config, {}, {}
-        for model, images in zip(self.ensemble.models, self.members, strict=True):
-            metrics[str(model.path)] = self.measure(images, model.study_temperature)["levels"]
-            studies[str(model.path)] = pool_studies(images, model.study_temperature)
-        first, *others = [*studies, "ensemble"]
-        studies["ensemble"] = self.studies
-        resampling = self.threshold, config.bootstrap, config.seed
-        differences = {name: compare(studies[first], studies[name], *resampling) for name in others}
-        return {"models": metrics, "differences": differences}
-
-    def warn_about_training(self) -> None:
-        """Warn of patients and body parts that the models have seen, or not seen, in training."""
-        patients, models = set(self.images.patient.tolist()), self.ensemble.models
-        texts = []
-        for model in models:
-            train, val = (len(patients & set(model.patients[side])) for side in ("train", "val"))
-            if train or val:
-                texts.append(f"{model.path}: {train} of the {len(patients)} patients of "
-                             f"{self.scan.split} were trained on, {val} used for validation: "
-                             "metrics are optimistic (leakage)")
-        for part in np.unique(self.images.body_part):
-            if text := body_part_warning(models, part):
-                texts.append(f"{self.scan.split} {text}")
-        for text in [*texts, *self.scan.notes]:
-            warn(text)
-        self.notes += [*texts, *self.scan.notes]
-
-    def write(self, bad_images: Mapping[str, str]) -> None:
-        """Print the report, and write the table of images, the report and its picture."""
-        self.warn_about_training()
-        report = self.report(bad_images)
-        for line in format_report(report).splitlines():
-            log(line)
-        table = ".train.csv" if self.scan.split == "train" else ".test.csv"
-        files = [self.config.file(ending) for ending in (table, ".report.json", ".report.png")]
-        picture = plot_report(report, self.images, self.studies)
-        for file, content in zip(files, (self.table(), json_text(report), picture), strict=True):
-            atomic_write(file, content)
-        log(f"written: {', '.join(map(str, files))}")
-
-    def table(self) -> bytes:
-        """Return the CSV with a row an image; absolute_error sorts it by how wrong a row is."""
-        images, prevalence = self.images, self.config.prevalence
-        columns = dict(vars(images))
-        if self.scan.split in ("train", "valid"):
-            columns["path"] = [f"{self.scan.split}/{name}" for name in images.path]
-        columns["absolute_error"] = np.abs(images.label - images.probability)
-        if prevalence:
-            corrected = correct_prevalence(images.probability, prevalence)
-            columns["probability_at_prevalence"] = corrected
-        rows = zip(*columns.values(), strict=True)
-        return csv_text([dict(zip(columns, row, strict=True)) for row in rows], list(columns))
-
-    def write_gallery(self, folder: Path) -> None:
-        """Write contact sheets of the most wrong images with their heatmaps."""
-        files = {record.name: Path(record.path) for record in self.scan.records}
-        predictor = Predictor(self.ensemble, self.threshold, self.config)
-        for name, title, rows in gallery_pages(self.images, self.threshold):
-            paths = [files[self.images.path[row]] for row in rows]
-            results = predictor.studies([PredictInput(path, (path,)) for path in paths])
-            tiles = [(view.pixels, view.cam, tile_caption(self.images, row))
-                     for result, row in zip(results, rows, strict=True) for view in result.readable]
-            scale = heat_scale(cam for _, cam, _ in tiles)
-            unit = CAM_METHODS[self.config.cam].unit
-            sheet = gallery_sheet(tiles, title, self.config.cam_class, unit, scale)
-            atomic_write(folder / name, sheet)
-            log(f"written: {folder / name}")
-
-
 def evaluate_ensemble(
-    config: Config, ensemble: Ensemble, scan: Scan, cache: Path, distributed: Distributed,
-    signals: StopSignals, training: MuraDataset | None = None,
+    config: Config, ensemble: Ensemble, scan: Scan, distributed: Distributed, signals: StopSignals
 ) -> None:
     """Evaluate models, alone and together, on a split; print the report and write its files.
 
-    Args:
-        config: the flags of the evaluation.
-        ensemble: the models.
-        scan: the images.
-        cache: folder of decoded images.
-        distributed: batches are shared by its processes; rank 0 reports.
-        signals: heard between two batches, too.
-        training: the images of training, if known, to be told from the evaluated ones.
+    Batches are shared by all processes; rank 0 reports.
     """
-    decoded = [shared_decode(scan, model.shape, cache, config, distributed)
-               for model in ensemble.models]
+    decoded = [shared_decode(config, scan, model.shape, distributed) for model in ensemble.models]
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
     first = data[0]
@@ -4015,71 +3889,159 @@ def evaluate_ensemble(
         for i in np.flatnonzero(~np.isfinite(logits).all(axis=0)):
             raise UserError(f"{first.records[i].path}: the model's output is not finite; use "
                             "--precision fp32 or another model", EXIT_FAILED)
-        notes, dropped = check_duplicates(first, training, scan.split, drop=config.drop_duplicates)
-        kept = [i for i, record in enumerate(first.records) if record.name not in dropped]
-        if not kept:
-            raise UserError(f"{scan.split}: all images are duplicates; leave --drop-duplicates out")
-        records = [first.records[i] for i in kept]
-        members = [as_predictions(records, row[kept]) for row in ensemble.probabilities(logits)]
-        evaluation = Evaluation(config, ensemble, scan, members, notes)
-        evaluation.write(bad_images)
+        notes, dropped = check_duplicates(config, scan, first, ensemble.models[0].shape)
+        kept = np.array([record.name not in dropped for record in first.records])
+        members = [as_predictions(first.records, row).take(kept)
+                   for row in ensemble.probabilities(logits)]
+        report, images, studies = make_report(config, ensemble, scan, members, notes)
+        write_report(config, report | {"bad_images": bad_images}, images, studies)
         if config.mode == "E" and config.figure:
-            evaluation.write_gallery(config.figure)
+            config = replace(config, threshold=report["threshold"])
+            write_gallery(Predictor(config, ensemble), scan.folder, images)
     distributed.wait()
 
 
 def check_duplicates(
-    dataset: MuraDataset, training: MuraDataset | None, split: str, *, drop: bool
+    config: Config, scan: Scan, tested: MuraDataset, shape: Shape
 ) -> tuple[list[str], set[str]]:
-    """Return what the report is to say of duplicates, which is also warned, and what to drop."""
-    datasets = {split: dataset} | ({"training": training} if training else {})
+    """Return what the report is to say of duplicates, and the names of images to leave out."""
+    datasets, root = {scan.split: tested}, scan.folder.parent
+    if scan.split == "valid" and (root / "train").is_dir():  # as far as it has been decoded
+        train = scan_split(root, "train", config.tasks)
+        parts = open_cache(train, *shape, config.cache_dir or Path(), verify=False)
+        known = [image for image in itertools.chain(*parts) if image.checksum]
+        datasets["training"] = MuraDataset(known)
     notes, concerned = find_duplicates(datasets)
-    names = concerned.get(split, set())
-    if names:
-        done = "were left out" if drop else "are kept: --drop-duplicates leaves them out"
-        notes.append(f"{len(names)} duplicate images of {split} {done}")
+    names = concerned.get(scan.split, set())
+    if not names:
+        return notes, names
+    text = f"{len(names)} duplicate images of {scan.split}"
+    if not config.drop_duplicates:
+        return [*notes, f"{text} are kept: --drop-duplicates leaves them out"], set()
+    if len(names) == len(tested):
+        raise UserError(f"{scan.split}: all images are duplicates; leave --drop-duplicates out")
+    return [*notes, f"{text} were left out"], names
+
+
+def make_report(
+    config: Config, ensemble: Ensemble, scan: Scan, members: Sequence[Predictions],
+    notes: Sequence[str],
+) -> tuple[Content, Predictions, Predictions]:
+    """Return the report, and the ensemble's images and studies, from each model's images."""
+    models = ensemble.models
+    mean = np.mean([images.probability for images in members], axis=0)
+    images = replace(members[0], probability=mean)
+    studies = pool_studies(images, ensemble.study_temperature)
+    threshold, source = decision_threshold(config, models)
+    notes = [*notes, *training_warnings(models, images, scan.split), *scan.notes]
     for note in notes:
         warn(note)
-    return notes, names if drop else set()
+    if config.mode == "E" and isinstance(config.threshold, str):
+        threshold, source = choose_threshold(config.threshold, studies), f"{config.threshold} here"
+        notes.append("The threshold was chosen on these studies: metrics at it are optimistic.")
+    sampling: Content = {"resamples": config.bootstrap, "seed": config.seed}
+    measure: Callable[..., Content] = partial(
+        evaluate, threshold=threshold, prevalence=config.prevalence, **sampling)
+    report = {
+        "split": scan.split, "checkpoints": [str(model.path) for model in models],
+        "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
+        "threshold": threshold, "threshold_source": source,
+        "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
+        **measure(images, study_temperature=ensemble.study_temperature)}
+    if len(models) > 1:
+        pooled = {}
+        report |= {"models": {}, "differences": {}}
+        for model, member in zip(models, members, strict=True):
+            name, temperature = str(model.path), model.study_temperature
+            report["models"][name] = measure(member, study_temperature=temperature)["levels"]
+            pooled[name] = pool_studies(member, temperature)
+        first, *others = (pooled | {"ensemble": studies}).items()
+        for name, other in others:
+            report["differences"][name] = compare(first[1], other, threshold, **sampling)
+    return report, images, studies
+
+
+def training_warnings(models: Sequence[LoadedModel], images: Predictions, split: str) -> list[str]:
+    """Return warnings of patients that the models have seen, and body parts that they have not."""
+    patients, texts = set(images.patient.tolist()), []
+    for model in models:
+        train, val = (len(patients & set(model.patients[side])) for side in ("train", "val"))
+        if train or val:
+            texts.append(f"{model.path}: {train} of the {len(patients)} patients of {split} were "
+                         f"trained on, {val} used for validation: metrics are optimistic (leakage)")
+    for part in np.unique(images.body_part):
+        texts += [f"{split} {text}" for text in body_part_warnings(models, part)]
+    return texts
+
+
+def report_files(config: Config, split: str) -> list[Path]:
+    """Return STEM.report.json, STEM.report.png and the table of images."""
+    table = ".train.csv" if split == "train" else ".test.csv"
+    return [config.file(ending) for ending in (".report.json", ".report.png", table)]
+
+
+def write_report(
+    config: Config, report: Content, images: Predictions, studies: Predictions
+) -> None:
+    """Print the report and write its files; in the table, absolute_error is how wrong a row is."""
+    columns, split = dict(vars(images)), report["split"]
+    if split in ("train", "valid"):
+        columns["path"] = [f"{split}/{name}" for name in images.path]
+    columns["absolute_error"] = np.abs(images.label - images.probability)
+    if config.prevalence:
+        corrected = correct_prevalence(images.probability, config.prevalence)
+        columns["probability_at_prevalence"] = corrected
+    cells = zip(*columns.values(), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in cells]
+    for line in format_report(report).splitlines():
+        log(line)
+    picture, table = plot_report(report, images, studies), csv_text(rows, list(columns))
+    files = report_files(config, split)
+    for file, content in zip(files, (json_text(report), picture, table), strict=True):
+        atomic_write(file, content)
+    log(f"written: {', '.join(map(str, files))}")
+
+
+def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> None:
+    """Write contact sheets of the most wrong images below a folder, with heatmaps, to --figure."""
+    config = predictor.config
+    for name, title, rows in gallery_pages(images, predictor.threshold):
+        inputs = [Study(folder / images.path[row], [folder / images.path[row]]) for row in rows]
+        tiles = [(view.pixels, view.cam, tile_caption(images, row))
+                 for study, row in zip(predictor.studies(inputs), rows, strict=True)
+                 for view in study.readable]
+        scale, unit = heat_scale(cam for _, cam, _ in tiles), predictor.method.unit
+        file = Path(config.figure or "", name)
+        atomic_write(file, gallery_sheet(tiles, title, config.cam_class, unit, scale))
+        log(f"written: {file}")
 
 
 def require_own_report(config: Config, split: str) -> None:
-    """Refuse to replace the report of another split or of other models.
+    """Refuse to replace the report of another split or of other models, or foreign pictures.
 
     Raises:
-        UserError: the report is there, and --overwrite is not given.
+        UserError: such a file is there, and --overwrite is not given.
     """
-    table = ".train.csv" if split == "train" else ".test.csv"
-    files = [config.file(ending) for ending in (".report.json", ".report.png", table)]
+    files, is_own = report_files(config, split), config.overwrite
     require_writable(files[0])
-    there = [path for path in files if os.path.lexists(path)]
     if config.figure:
+        if config.cam_class == "predicted":
+            raise UserError("--cam-class predicted: a sheet of --evaluate has one scale; use "
+                            "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
-        require_targets(config, {"figure": sheets}, [])
-    if config.overwrite or not there:
-        return
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        require_targets(config, {"figure": sheets})
+    with OPTIONAL:  # absent, or of another program
         earlier = json.loads(files[0].read_text())
-        if (earlier["split"], earlier["checkpoints"]) == (split, list(map(str, config.checkpoint))):
-            return
-    raise UserError(f"{there[0]}: is there, and of another split or model; use another --output, "
-                    "or --overwrite")
+        models = [str(path) for path in config.checkpoint]
+        is_own |= (earlier["split"], earlier["checkpoints"]) == (split, models)
+    if not is_own:
+        require_new(files, "of another split or model; use another --output, or --overwrite")
 
 
-# ---- predict ----
+# ---- predict: records ----
 
 
-@dataclass(frozen=True)
-class PredictInput:
-    """What is asked about: an image, or a study with its views; one without files has an error."""
-
-    path: Path
-    files: tuple[Path, ...]
-    study_uid: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True)
+@dataclass
 class ViewResult:
     """One image: what was read and what the models answered, or why it failed."""
 
@@ -4087,9 +4049,10 @@ class ViewResult:
     pixels: Pixels  # (H, W) of the original
     probability: float = math.nan  # of abnormal, the mean of the models
     cam: Any = None  # heatmap of the class explained, at most CAM_SIDE px a side; see CamMethod
-    box: Box | None = None  # of the heatmap's strongest region
+    box: Box | None = None  # of the strongest region, in the original's pixels
     error: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
+    squares: Sequence[Any] = ()  # (S, S): each model's input, then its map; empty at the end
 
     @property
     def heatmap(self) -> Array:
@@ -4097,23 +4060,24 @@ class ViewResult:
         return resize_map(self.cam, *self.pixels.shape)
 
 
-@dataclass(frozen=True)
-class StudyResult:
-    """An input with its views; a study's probability is pooled from those that could be read."""
+@dataclass
+class Study:
+    """An input: an image, or a study with its views, and what the models answered."""
 
     path: Path
-    views: tuple[ViewResult, ...]
-    probability: float  # of abnormal; NaN where no view could be read
-    threshold: float
-    explained: str  # class of the heatmaps
-    unit: str  # of the heatmaps
+    files: list[Path] = field(default_factory=list)
+    uid: str = ""  # DICOM StudyInstanceUID
     error: str = ""
-    study_uid: str = ""
+    views: Sequence[ViewResult] = ()
+    probability: float = math.nan  # of abnormal, pooled from the readable views, if there are any
+    threshold: float = 0.5
+    explained: str = ""  # class of the heatmaps
+    unit: str = ""  # of the heatmaps
 
     @property
-    def readable(self) -> tuple[ViewResult, ...]:
+    def readable(self) -> list[ViewResult]:
         """The views that have a probability."""
-        return tuple(view for view in self.views if not view.error)
+        return [view for view in self.views if not view.error]
 
     @property
     def label(self) -> str:
@@ -4163,314 +4127,243 @@ def percent(probability: float) -> str:
     return f"{probability:.1%}" if probability >= 0.0005 else "below 0.1%"
 
 
-def now() -> str:
-    """Return the date and time, with the time zone."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+# ---- predict: inputs ----
 
 
-def collect_inputs(paths: Iterable[Path]) -> Iterator[PredictInput]:
+def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
     """Yield files, folders and study folders in the order given, natural within folders."""
     for path in paths:
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
-            found = list(search_folder(path))
-            yield from found or [PredictInput(path, (), error="holds no images")]
+            yield from search_folder(path) or [Study(path, error="holds no images")]
         else:
-            yield PredictInput(path, (path,))
+            header = read_header(path)
+            yield Study(path, [path], uid=header.study_uid if header else "")
 
 
-def search_folder(top: Path) -> Iterator[PredictInput]:
-    """Yield the images and studies in a folder, judged by their content.
+def search_folder(top: Path) -> list[Study]:
+    """Return the images and studies in a folder, judged by their content.
 
     A folder named study1, study1_positive, ... is a study, and so are the DICOM files of one
-    StudyInstanceUID; any other image stands for itself. Links to folders are followed, each folder
-    once; what is left out is counted.
+    StudyInstanceUID; any other image stands for itself. What is left out is counted.
     """
     closed: list[OSError] = []
-    by_uid: defaultdict[str, list[Path]] = defaultdict(list)
-    skipped = []
-    for folder in walk_folders(top, closed.append):
-        images = {}
-        for path in (Path(folder, name) for name in file_names(folder)):
-            header = read_header(path)
-            if header and not is_own_figure(path):
-                images[path] = header
-            else:
-                skipped.append(path.name)
-        name = os.path.basename(os.path.realpath(folder))
-        if images and re.fullmatch(r"study\d+(_\w+)?", name, re.IGNORECASE):
-            yield PredictInput(Path(folder), tuple(images))
-            continue
-        for path, header in images.items():
-            if header.study_uid:
-                by_uid[header.study_uid].append(path)
-            else:
-                yield PredictInput(path, (path,))
-    for uid, files in by_uid.items():
-        folder = os.path.commonpath([path.parent for path in files])
-        yield PredictInput(Path(folder) if len(files) > 1 else files[0], tuple(files), uid)
-    for error in closed:
-        yield PredictInput(Path(error.filename), (), error=f"cannot be read ({error.strerror})")
+    skipped: list[str] = []
+    found: dict[object, Study] = {}
+    for path in walk_files(top, closed.append):
+        header, folder = read_header(path), path.parent
+        if not header or (path.name.endswith(HEATMAP_ENDING) and is_ours(path)):
+            skipped.append(path.name)
+        else:
+            name = os.path.basename(os.path.realpath(folder))
+            is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
+            uid, place = ("", folder) if is_study else (header.study_uid, path)
+            study = found.setdefault(uid or place, Study(place, uid=uid))
+            study.files.append(path)
+            if uid and len(study.files) > 1:
+                study.path = Path(os.path.commonpath([file.parent for file in study.files]))
     if skipped:
         warn(f"{top}: {len(skipped)} files are no images and are left out, such as {skipped[0]}")
+    errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
+              for error in closed]
+    return [*found.values(), *errors]
 
 
-def walk_folders(top: Path, onerror: Callable[[OSError], object]) -> Iterator[str]:
-    """Yield a folder and those below it, but hidden ones; through links, once each."""
+def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
+    """Yield the files below a folder, but hidden ones; links are followed, each folder once."""
     seen: set[str] = set()
-    for folder, names, _ in os.walk(top, onerror=onerror, followlinks=True):
+    for folder, *children in os.walk(top, onerror=onerror, followlinks=True):
         place = os.path.realpath(folder)
-        visible = [name for name in names if name[0] != "." and place not in seen]
-        names[:] = sorted(visible, key=natural_key)
-        if place not in seen:
-            seen.add(place)
-            yield folder
+        for names in children:
+            visible = [name for name in names if name[0] != "." and place not in seen]
+            names[:] = sorted(visible, key=natural_key)
+        seen.add(place)
+        yield from (Path(folder, name) for name in children[1])
 
 
-def is_own_figure(path: Path) -> bool:
-    """Return whether --predict saved this picture beside the images."""
-    return path.name.endswith(HEATMAP_ENDING) and is_ours(path)
+# ---- predict: from files to results ----
 
 
 class Predictor:
     """Reads, classifies and explains images with an ensemble.
 
     Args:
+        config: threshold, heatmap method and class, batch size and number of decoding threads.
         ensemble: the models.
-        threshold: abnormal above this probability.
-        config: heatmap method and class, batch size and number of decoding threads.
     """
 
-    def __init__(self, ensemble: Ensemble, threshold: float, config: Config) -> None:
-        self.ensemble, self.threshold, self.config = ensemble, threshold, config
+    def __init__(self, config: Config, ensemble: Ensemble) -> None:
+        self.config, self.ensemble, self.method = config, ensemble, CAM_METHODS[config.cam]
+        self.threshold, _ = decision_threshold(config, ensemble.models)
 
-    def predict(self, path: str | Path) -> StudyResult:
+    def predict(self, path: str | Path) -> Study:
         """Return the result of an image, or of a folder whose images are one study.
 
         Raises:
             UserError: nothing in it can be read.
         """
-        path = Path(path)
-        files = [path / name for name in file_names(path)] if path.is_dir() else [path]
-        images = [file for file in files if file == path or read_header(file)]
-        (result,) = self.studies([PredictInput(path, tuple(images))])
-        if not result.label:
-            raise UserError(f"{path}: {result.error or 'holds no images'}", EXIT_FAILED)
-        return result
+        files = [path := Path(path)]
+        if path.is_dir():
+            files = [file for name in file_names(path) if read_header(file := path / name)]
+        (study,) = self.studies([Study(path, files)])
+        if not study.label:
+            raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
+        return study
 
-    def studies(self, inputs: Sequence[PredictInput]) -> Iterator[StudyResult]:
-        """Yield a result for each input, in order; images are decoded ahead."""
+    def studies(self, studies: Sequence[Study]) -> Iterator[Study]:
+        """Yield each input with its answer, in order; images are decoded ahead."""
         size, workers = self.config.eval_batch_size, self.config.workers or core_count()
-        paths = (path for item in inputs for path in item.files)
+        paths = (path for study in studies for path in study.files)
         views = self.classify(map_ahead(self.read, paths, workers, size))
-        for item in inputs:
-            yield self.pool(item, tuple(itertools.islice(views, len(item.files))))
+        for study in studies:
+            found = list(itertools.islice(views, len(study.files)))
+            yield self.pool(replace(study, views=found))  # a copy: its images go when it goes
 
-    def pool(self, item: PredictInput, views: tuple[ViewResult, ...]) -> StudyResult:
-        """Return the result of an input from its views."""
-        each = np.array([view.probability for view in views if not view.error])
-        probability = math.nan
-        if len(each):
-            one_study = np.zeros(len(each), int)
-            probability = float(pool_views(each, one_study, self.ensemble.study_temperature)[0])
-        errors = [f"{view.path.name}: {view.error}" for view in views if view.error]
-        error = item.error or (views[0].error if len(views) == 1 else "; ".join(errors))
-        label = predicted_class(probability, self.threshold)
-        explained = label if self.config.cam_class == "predicted" else self.config.cam_class
-        method = CAM_METHODS[self.config.cam]
-        views = tuple(explain_view(view, method, self.threshold, explained) for view in views)
-        return StudyResult(item.path, views, probability, self.threshold, explained, method.unit,
-                           error, item.study_uid)
-
-    def read(self, path: Path) -> tuple[ViewResult, list[Pixels]]:
-        """Return a decoded image and each model's input, or why it cannot be read."""
+    def read(self, path: Path) -> ViewResult:
+        """Return a decoded image with each model's input, or why it cannot be read."""
         try:
             radiograph = read_radiograph(path)
         except BadImage as error:
-            return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error)), []
-        found = list(radiograph.warnings)
+            return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
+        models, found = self.ensemble.models, list(radiograph.warnings)
         if doubt := unlike_radiograph(radiograph):
             found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
-        folders = path.absolute().parent.parts
-        named = [folder for folder in folders if folder.upper().startswith("XR_")]
-        part = radiograph.body_part or "".join(named[-1:])
-        found.append(body_part_warning(self.ensemble.models, part))
-        models = self.ensemble.models
+        named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
+        found += body_part_warnings(models, radiograph.body_part or "".join(named[-1:]))
         squares = [resize_square(radiograph.pixels, *model.shape) for model in models]
-        return ViewResult(path, radiograph.pixels, warnings=tuple(filter(None, found))), squares
+        return ViewResult(path, radiograph.pixels, warnings=found, squares=squares)
 
-    def classify(
-        self, decoded: Iterator[tuple[ViewResult, list[Pixels]]]
-    ) -> Iterator[ViewResult]:
-        """Yield decoded images with their probability and map, a batch at a time, in order."""
-        while batch := list(itertools.islice(decoded, self.config.eval_batch_size)):
-            squares = [inputs for view, inputs in batch if not view.error]
-            answers = self.answer(squares) if squares else iter(())
-            for view, _ in batch:
-                yield view if view.error else replace(view, **self.on_pixels(view, *next(answers)))
+    def classify(self, views: Iterator[ViewResult]) -> Iterator[ViewResult]:
+        """Yield images with what the models answer, a batch at a time, in order."""
+        while batch := list(itertools.islice(views, self.config.eval_batch_size)):
+            if readable := [view for view in batch if not view.error]:
+                self.answer(readable)
+            yield from batch
 
-    def answer(self, squares: Sequence[list[Pixels]]) -> Iterator[tuple[Floats, list[Tensor]]]:
-        """Yield each image's probabilities (members,), and a map (S, S) of each member."""
-        stacks = [np.stack(batch)[:, None] for batch in zip(*squares, strict=True)]
-        images = [torch.from_numpy(stack).to(self.ensemble.hardware.device) for stack in stacks]
-        sign = self.explained_signs(images, len(squares))
-        logits, maps = self.ensemble.explain(images, CAM_METHODS[self.config.cam], sign)
-        probabilities = self.ensemble.probabilities(logits.cpu().double().numpy())
-        for i in range(len(squares)):
-            yield probabilities[:, i], [heat[i] for heat in maps]
-
-    def explained_signs(self, images: Sequence[Tensor], count: int) -> Tensor:
-        """Return 1 for each image whose "abnormal" is to be explained and -1 for "normal", (B,)."""
-        explained = [self.config.cam_class] * count
+    def answer(self, views: Sequence[ViewResult]) -> None:
+        """Set the probabilities of a batch, and leave the models' maps in place of their inputs."""
+        ensemble, device = self.ensemble, self.ensemble.hardware.device
+        batches = zip(*(view.squares for view in views), strict=True)
+        images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
+        sign = torch.full((len(views),), SIGNS.get(self.config.cam_class, 1), device=device)
+        logits, maps = ensemble.explain(images, self.method, sign)
+        mean = ensemble.probabilities(logits.cpu().double().numpy()).mean(axis=0)
         if self.config.cam_class == "predicted":
-            logits = self.ensemble.logits(images).cpu().double().numpy()
-            mean = self.ensemble.probabilities(logits).mean(axis=0)
-            explained = [predicted_class(p, self.threshold) for p in mean]
-        signs = [1.0 if name == "abnormal" else -1.0 for name in explained]
-        return torch.tensor(signs, device=self.ensemble.hardware.device)
+            signs = [SIGNS.get(predicted_class(p, self.threshold), 1) for p in mean]
+            _, maps = ensemble.explain(images, self.method, torch.tensor(signs, device=device))
+        for view, probability, *view.squares in zip(views, mean, *maps, strict=True):
+            view.probability = float(probability)
+            if not math.isfinite(probability):
+                view.error = "the model's output is not finite"
 
-    def on_pixels(self, view: ViewResult, probabilities: Floats, maps: Sequence[Tensor]) -> Content:
-        """Return probability and map of an image, the means of the models'."""
-        if not np.isfinite(probabilities).all():
-            return {"error": "the model's output is not finite"}
+    def pool(self, study: Study) -> Study:
+        """Return an input with its answer, from its views, whose heatmaps and boxes are set."""
+        each = np.array([view.probability for view in study.readable])
+        if len(each):
+            pooled = pool_views(each, np.zeros(len(each)), self.ensemble.study_temperature)
+            study.probability = float(pooled[0])
+        study.threshold, study.unit = self.threshold, self.method.unit
+        study.explained = self.config.cam_class
+        if study.explained == "predicted":
+            study.explained = study.label
+        for view in study.readable:
+            self.explain(view, SIGNS[study.explained])
+        errors = [f"{view.path.name}: {view.error}" for view in study.views if view.error]
+        if errors:
+            study.error = "; ".join(errors) if len(study.views) > 1 else study.views[0].error
+        return study
+
+    def explain(self, view: ViewResult, sign: float) -> None:
+        """Set the heatmap and the box of an image: 1 for "abnormal", -1 for "normal"."""
         height, width = view.pixels.shape
-        scale = min(1.0, CAM_SIDE / max(height, width))
-        grid = max(1, round(height * scale)), max(1, round(width * scale))
-        total = np.zeros(grid, np.float32)
-        for square, model in zip(maps, self.ensemble.models, strict=True):
+        scale = min(1, CAM_SIDE / max(height, width))
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        maps = []
+        for heat, model in zip(view.squares, self.ensemble.models, strict=True):
             left, top, right, bottom = letterbox_box(height, width, *model.shape)
-            content = square[top:bottom, left:right].cpu().numpy()
-            total += resize_map(content, *grid) / len(maps)
-        return {"probability": float(probabilities.mean()), "cam": total}
+            maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
+        view.cam, view.squares = np.maximum(sign * np.mean(maps, axis=0), 0), ()
+        above = sign * log_odds_above(view.probability, self.threshold)
+        if self.method.fused:
+            view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
+        box = strongest_region(view.cam)
+        if box and sign > 0 and above > 0:
+            across, down = width / columns, height / rows
+            left, top, right, bottom = box
+            view.box = (round(left * across), round(top * down), round(right * across),
+                        round(bottom * down))
 
 
-def explain_view(
-    view: ViewResult, method: CamMethod, threshold: float, explained: str
-) -> ViewResult:
-    """Return a view with its heatmap of one class, in the method's unit, and its box."""
-    if view.error:
-        return view
-    sign = 1 if explained == "abnormal" else -1
-    above = sign * log_odds_above(view.probability, threshold)
-    cam = np.maximum(sign * view.cam, 0)
-    if method.fused:
-        cam = cam * np.float32(max(above, 0) / max(cam.max(), 1e-30))
-    box = strongest_region(cam) if sign > 0 and above > 0 else None
-    if box:
-        (height, width), (rows, columns) = view.pixels.shape, cam.shape
-        left, top, right, bottom = box
-        box = (left * width // columns, top * height // rows,
-               -(-right * width // columns), -(-bottom * height // rows))
-    return replace(view, cam=cam, box=box)
+def load_predictor(config: Config) -> Predictor:
+    """Return what answers for the models of --checkpoint."""
+    hardware = choose_precision(choose_device(config.device), config.precision)
+    return Predictor(config, load_ensemble(config, hardware))
 
 
-def output_row(result: StudyResult) -> Content:
-    """Return the row of --output."""
-    row: Content = {"path": str(result.path), "error": result.error, "study_uid": result.study_uid}
-    if result.label:
-        row |= {"prediction": result.label, "confidence": result.confidence,
-                "probability": result.probability}
-    if result.label == "abnormal":
-        strongest = max(result.readable, key=lambda view: view.probability)
-        box = strongest.box or [None] * 4
-        row |= dict(zip(OUTPUT_COLUMNS[5:9], box, strict=True)) | {"view": strongest.path.name}
-    values = {name: row.get(name) for name in OUTPUT_COLUMNS[:11]}
-    return {name: None if value == "" else value for name, value in values.items()}
-
-
-def output_rows(config: Config, result: StudyResult) -> Content:
-    """Return the row of an input, with what it was made with and a row for each of its views."""
-    row = output_row(result)
-    views = [replace(result, path=view.path, views=(view,), probability=view.probability,
-                     error=view.error) for view in result.views]
-    row |= {"threshold": result.threshold, "model": " ".join(map(str, config.checkpoint)),
-            "version": f"{PROGRAM} {__version__}", "date": now(),
-            "views": [output_row(view) for view in views]}
-    if config.prevalence and result.label:
-        corrected = correct_prevalence(np.array([result.probability]), config.prevalence)
-        row["probability_at_prevalence"] = float(corrected[0])
-    return row
-
-
-def write_output(path: Path, rows: Sequence[Content]) -> None:
-    """Write --output as its suffix says."""
-    is_json = path.suffix == ".json"
-    atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
+# ---- predict: the command ----
 
 
 def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
     figures = figure_files(config.figure, inputs)
-    targets = {"output": [config.output], "save-cam": [config.save_cam]}
-    require_targets(config, targets | {"figure": figures}, inputs)
-    hardware = choose_precision(choose_device(config.device), config.precision)
-    ensemble = load_ensemble(config, hardware)
-    given = config.threshold
-    threshold = given if isinstance(given, float) else stored_threshold(ensemble.models)[0]
-    show = can_show(config.no_show)
+    targets = {"output": [config.output], "save-cam": [config.save_cam], "figure": figures}
+    require_targets(config, targets, inputs)
+    predictor, show = load_predictor(config), can_show(config.no_show)
     warn(RESEARCH_ONLY)
     rows: list[Content] = []
-    saved_at = time.monotonic()
+    output_due = time.monotonic() + 1
+    bar = Progress(len(inputs), "predict", "inputs")
     try:
-        bar = Progress(len(inputs), "predict", "inputs")
         with bar, open_maps(config.save_cam) as archive:
-            results = Predictor(ensemble, threshold, config).studies(inputs)
-            for result, figure in itertools.zip_longest(results, figures):
-                rows.append(output_rows(config, result))
-                print_result(result, rows[-1].get("probability_at_prevalence"))
-                save_maps(archive, result, config.save_cam)
-                if figure and result.label:
-                    explain_result(result, figure, show=show and len(rows) <= WINDOWS)
+            for study, figure in zip(predictor.studies(inputs), figures, strict=True):
+                rows.append(full_row(config, study))
+                print_result(study, rows[-1].get("probability_at_prevalence"))
+                if archive and config.save_cam:
+                    save_maps(archive, study, config.save_cam)
+                if figure and study.label:
+                    explain_result(study, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
                 signals.check()
-                if config.output and time.monotonic() > saved_at + 1:
-                    write_output(config.output, rows)
-                    saved_at = time.monotonic()
+                if time.monotonic() > output_due:
+                    output_due = write_output(config.output, rows)
     finally:  # what was predicted before a stop is kept
-        if config.output:
-            write_output(config.output, rows)
+        write_output(config.output, rows)
     if show:
         warn("the program ends when its windows are closed")
         show_windows()
-    failed = any(row["error"] for row in rows)
-    some = any(row["prediction"] for row in rows)
-    return EXIT_DONE if not failed else EXIT_SOME_FAILED if some else EXIT_FAILED
+    if not any(row["error"] for row in rows):
+        return EXIT_DONE
+    return EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
 
 
-def figure_files(figure: Path | None, inputs: Sequence[PredictInput]) -> list[Path]:
-    """Return the file of each input's figure; none for several inputs without --figure.
+def figure_files(figure: Path | None, inputs: Sequence[Study]) -> list[Path | None]:
+    """Return the file of each input's figure; None for several inputs without --figure.
 
     Raises:
         UserError: one picture is named for several inputs.
     """
-    stems = [figure_stem(item.path) for item in inputs]
-    is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
+    # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
+    stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
+    names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
+    if figure and figure.suffix.lower() in FIGURE_SUFFIXES:
+        if len(inputs) > 1:
+            raise UserError(f"--figure {figure}: name a folder for several inputs")
+        return [figure]
     if len(inputs) == 1:
-        folder = figure or Path()
-        return [folder if is_picture else folder / f"{stems[0]}{HEATMAP_ENDING}"]
-    if is_picture:
-        raise UserError(f"--figure {figure}: name a folder for several inputs")
-    if not figure:
-        return []
-    return [figure / f"{i:04d}_{stem}{HEATMAP_ENDING}" for i, stem in enumerate(stems, 1)]
-
-
-def figure_stem(path: Path) -> str:
-    """Return what a figure is named after: its input, cut where there is no room for an ending."""
-    stem = Path(os.path.realpath(path)).stem  # unlike Path.resolve, it takes links in a circle
-    return stem if len(os.fsencode(stem)) <= 200 else shorten(stem, 50)
+        return [Path(figure or "", *names)]
+    return [figure and figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
 
 
 def require_targets(
-    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[PredictInput]
+    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[Study] = ()
 ) -> None:
-    """Check before the work that files can be written and replace nothing foreign.
+    """Check before the work that the files of each flag can be written and replace nothing foreign.
 
     Raises:
         UserError: one is an input, cannot be written, or is there and not of this program.
     """
-    read = {os.path.realpath(path) for item in inputs for path in item.files}
-    header = ",".join(OUTPUT_COLUMNS[:5]).encode()
+    read = {os.path.realpath(path) for study in inputs for path in study.files}
+    columns = ",".join(OUTPUT_COLUMNS[:5]).encode()
     for flag, paths in targets.items():
         wanted = [path for path in paths if path]
         for path in wanted[:1]:
@@ -4478,26 +4371,70 @@ def require_targets(
         for path in wanted:
             if os.path.realpath(path) in read:
                 raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-            if path.exists() and not config.overwrite and not is_ours(path, header):
+            if path.exists() and not config.overwrite and not is_ours(path, columns):
                 raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
                                 "another name, or --overwrite")
 
 
-def print_result(result: StudyResult, at_prevalence: float | None) -> None:
+def output_row(study: Study) -> Content:
+    """Return what --output says of an input, or of one of its views."""
+    row: Content = dict.fromkeys(OUTPUT_COLUMNS[:11]) | {"path": str(study.path)}
+    if study.label:
+        row |= {"prediction": study.label, "confidence": study.confidence,
+                "probability": study.probability}
+    if study.label == "abnormal":
+        strongest = max(study.readable, key=lambda view: view.probability)
+        sides: Sequence[int | None] = strongest.box or [None] * 4
+        row |= dict(zip(OUTPUT_COLUMNS[5:9], sides, strict=True)) | {"view": strongest.path.name}
+    return row | {"error": study.error or None, "study_uid": study.uid or None}
+
+
+def full_row(config: Config, study: Study) -> Content:
+    """Return the row of an input, with what it was made with and a row for each of its views."""
+    views = [replace(study, path=view.path, views=[view], probability=view.probability,
+                     error=view.error) for view in study.views]
+    row = output_row(study) | {
+        "threshold": study.threshold, "model": " ".join(map(str, config.checkpoint)),
+        "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT),
+        "views": list(map(output_row, views))}
+    if config.prevalence and study.label:
+        corrected = correct_prevalence(np.array(study.probability), config.prevalence)
+        row["probability_at_prevalence"] = float(corrected)
+    return row
+
+
+def write_output(path: Path | None, rows: Sequence[Content]) -> float:
+    """Write --output, if it is asked for, as its suffix says.
+
+    Returns:
+        When to do so again, by `time.monotonic`: all rows are written each time, so the next time
+        is after a second, or ten times as long as it took.
+    """
+    began = time.monotonic()
+    if path:
+        is_json = path.suffix == ".json"
+        atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
+    ended = time.monotonic()
+    return ended + max(1, 10 * (ended - began))
+
+
+def print_result(study: Study, at_prevalence: float | None) -> None:
     """Print an input, a line on stdout (and one a view of a study), or on stderr why it failed."""
-    for view in result.views:
+    for view in study.views:
         for text in view.warnings:
             warn(f"{view.path}: {text}")
-    if result.error:
-        warn(f"{result.path}: {result.error}")
-    if not result.label:
+    if study.error:
+        warn(f"{study.path}: {study.error}")
+    if not study.label:
         return
-    is_study = len(result.views) > 1
-    views = f", {len(result.views)} views" if is_study else ""
-    corrected = f", {percent(at_prevalence)} at --prevalence" if at_prevalence else ""
-    chance = percent(result.probability)
-    log(f"{result.path}: {result.summary} (probability of abnormal {chance}{corrected}{views})")
-    for view in result.readable if is_study else ():
+    notes = f"probability of abnormal {percent(study.probability)}"
+    if at_prevalence:
+        notes += f", {percent(at_prevalence)} at --prevalence"
+    if len(study.views) < 2:
+        log(f"{study.path}: {study.summary} ({notes})")
+        return
+    log(f"{study.path}: {study.summary} ({notes}, {len(study.views)} views)")
+    for view in study.readable:
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
 
@@ -4507,13 +4444,14 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
-    kind, inner = zipfile.ZIP_DEFLATED, None
+    inner = None
     try:
-        with temporary_file(path) as temporary, zipfile.ZipFile(temporary, "w", kind) as archive:
-            archive.comment = f"{PROGRAM} {__version__}".encode()
+        with (temporary_file(path) as temporary,
+              zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
+            archive.comment = PROGRAM.encode()
             try:
                 yield archive
-            except BaseException as error:
+            except OSError as error:
                 inner = error
                 raise
     except OSError as error:
@@ -4522,14 +4460,12 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
         raise unwritable(path, error) from error
 
 
-def save_maps(archive: zipfile.ZipFile | None, result: StudyResult, path: Path | None) -> None:
-    """Add a result's heatmaps to an .npz archive, by the path of their images.
+def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
+    """Add a result's heatmaps to the .npz archive, by the path of their images.
 
     As numpy.savez_compressed does, which does not take an image of the name "file".
     """
-    if not archive or not path:
-        return
-    for view in result.readable:
+    for view in study.readable:
         name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
         if name in archive.NameToInfo:  # given twice
             continue
@@ -4540,14 +4476,12 @@ def save_maps(archive: zipfile.ZipFile | None, result: StudyResult, path: Path |
             raise unwritable(path, error) from error
 
 
-def explain_result(
-    result: StudyResult, file: Path, *, show: bool, lesion: Box | None = None
-) -> None:
+def explain_result(study: Study, file: Path, *, show: bool, lesion: Box | None = None) -> None:
     """Save original | heatmap | overlay of an input, a row a view."""
-    window = result.path.name if show else ""
-    content = save_explanation(*result.explanation, [lesion], suffix=file.suffix, window=window)
+    window = study.path.name if show else ""
+    content = save_explanation(*study.explanation, [lesion], suffix=file.suffix, window=window)
     atomic_write(file, content)
-    count = len(result.readable)
+    count = len(study.readable)
     rest = f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""
     log(f"    figure: {file}{rest}")
 
@@ -4567,22 +4501,18 @@ class ExportedModel(nn.Module):
         return torch.sigmoid(self.model.logits(images) / self.model.temperature)
 
 
-def to_pt2(program: Any, about: Mapping[str, str]) -> bytes:
-    """Return the content of a .pt2 file, torch's own format; `about` is its file about.json."""
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
-    return content.getvalue()
+def to_pt2(program: Any, about: Mapping[str, str], images: Tensor) -> tuple[bytes, Array]:
+    """Return a .pt2 file, which holds `about` as about.json, and its output for images."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+    content = file.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()(images).numpy(force=True)
 
 
-def run_pt2(content: bytes, images: Tensor) -> Array:
-    """Return the probabilities (B,) of a .pt2 file."""
-    return np.asarray(torch.export.load(io.BytesIO(content)).module()(images))
-
-
-def to_onnx(program: Any, about: Mapping[str, str]) -> bytes:
-    """Return the content of an .onnx file; `about` is the model's metadata."""
+def to_onnx(program: Any, about: Mapping[str, str], images: Tensor) -> tuple[bytes, Array]:
+    """Return an .onnx file, whose metadata is `about`, and its output for images."""
     import onnx  # noqa: F401
-    import onnxruntime  # noqa: F401
+    import onnxruntime
     import onnxscript  # noqa: F401
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -4592,15 +4522,9 @@ def to_onnx(program: Any, about: Mapping[str, str]) -> bytes:
     model = exported.model_proto  # a new one at each call
     for name, text in about.items():
         model.metadata_props.add(key=name, value=text)
-    return bytes(model.SerializeToString())
-
-
-def run_onnx(content: bytes, images: Tensor) -> Array:
-    """Return the probabilities (B,) of an .onnx file."""
-    import onnxruntime
-
+    content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"images": images.numpy()})[0])
+    return content, session.run(None, {"images": images.numpy()})[0]
 
 
 def export_command(config: Config, signals: StopSignals) -> int:
@@ -4610,30 +4534,27 @@ def export_command(config: Config, signals: StopSignals) -> int:
         UserError: an optional package is missing, or the outputs differ by more than 1e-4.
     """
     target = config.export or Path()
-    require_targets(config, {"export": [target]}, [])
+    require_targets(config, {"export": [target]})
     (model,) = load_ensemble(config, CPU).models
     side = model.image_size
-    threshold = config.threshold if isinstance(config.threshold, float) else model.threshold
     about = {
         "input": f"grey, float32 (batch, 1, {side}, {side}), 0 black to 1 white, resize: "
                  f"{model.resize}",
-        "output": "probability of abnormal (batch,)",
-        "normalization": f"inside the network: {model.normalization}", "tta": str(model.tta),
-        "temperature": str(model.temperature), "study_temperature": str(model.study_temperature),
-        "threshold": str(threshold), "architecture": model.network.name,
-        "program": f"{PROGRAM} {__version__}", "use": RESEARCH_ONLY,
-    }
+        "output": "probability of abnormal (batch,)", "use": RESEARCH_ONLY,
+        "threshold": str(decision_threshold(config, [model])[0]),
+        "architecture": model.network.name, "program": f"{PROGRAM} {__version__}"}
+    for name in ("normalization", "tta", "temperature", "study_temperature"):
+        about[name] = str(getattr(model, name))
     probe = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(1))
-    module = ExportedModel(model).eval()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(module, (probe[:2],), dynamic_shapes=({0: batch},))
-    convert, run = (to_onnx, run_onnx) if target.suffix == ".onnx" else (to_pt2, run_pt2)
+    module, shapes = ExportedModel(model).eval(), ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(module, (probe[:2],), dynamic_shapes=shapes)
+    convert = to_onnx if target.suffix == ".onnx" else to_pt2
     try:
-        content = convert(program, about)
+        content, output = convert(program, about, probe)
     except ImportError as error:
         raise UserError(f"--export {target}: needs optional packages: pip install onnx onnxscript "
                         "onnxruntime") from error
-    gap = float(np.abs(run(content, probe) - module(probe).numpy(force=True)).max())
+    gap = float(np.abs(output - module(probe).numpy(force=True)).max())
     if not gap <= EXPORT_TOLERANCE:
         raise UserError(f"{target}: not written, for it differs by {gap:.2g} from torch's output; "
                         "try the other format", EXIT_FAILED)
@@ -4652,9 +4573,6 @@ def start(config: Config) -> tuple[DevicePrecision, Distributed]:
     if config.mode == "T" and processes > 1 and config.batch_size < 2 * processes:
         raise UserError(f"--batch-size {config.batch_size}: is of all processes together; "
                         f"{processes} need {2 * processes} or more")
-    if processes > 1 and ":" in config.device:
-        raise UserError(f"--device {config.device}: processes cannot share a card; use --device "
-                        "cuda")
     device = choose_device(config.device, distributed.local_rank)
     hardware = choose_precision(device, config.precision)
     distributed.start(device)
@@ -4662,8 +4580,8 @@ def start(config: Config) -> tuple[DevicePrecision, Distributed]:
     return hardware, distributed
 
 
-def scan_data(config: Config, split: str) -> tuple[Scan, Path]:
-    """Return the images of a split or of --labels, and the folder of their cache."""
+def scan_data(config: Config, split: str) -> tuple[Config, Scan]:
+    """Return the images of a split or of --labels; the options get their and the cache's folder."""
     if config.labels:
         root = config.data_dir or config.labels.parent
         scan = scan_labels(config.labels, root, config.tasks)
@@ -4672,14 +4590,14 @@ def scan_data(config: Config, split: str) -> tuple[Scan, Path]:
         scan = scan_split(root, split, config.tasks)
     for line in count_table(scan.split, scan.records):
         log(line)
-    return scan, cache_folder(config, root)
+    return replace(config, data_dir=root, cache_dir=cache_folder(config, root)), scan
 
 
 def shared_decode(
-    scan: Scan, shape: Shape, folder: Path, config: Config, distributed: Distributed
+    config: Config, scan: Scan, shape: Shape, distributed: Distributed
 ) -> list[CachedImage]:
     """Return the decoded images of a scan; one process of each machine decodes, the others wait."""
-    builds = distributed.local_rank == 0
+    folder, builds = config.cache_dir or Path(), distributed.local_rank == 0
     if not builds:
         distributed.wait_for_decoding()
     caches = decode_scan(scan, *shape, folder, config.workers)
@@ -4693,49 +4611,101 @@ def evaluate_command(config: Config, signals: StopSignals) -> int:
     require_own_report(config, config.labels.name if config.labels else config.split)
     hardware, distributed = start(config)
     ensemble = load_ensemble(config, hardware)
-    scan, cache = scan_data(config, config.split)
-    training = None
-    if scan.split == "valid" and (scan.folder.parent / "train").is_dir():
-        train = scan_split(scan.folder.parent, "train", config.tasks)
-        images = list(itertools.chain(*open_cache(train, *ensemble.models[0].shape, cache)))
-        if all(image.checksum for image in images):  # else it would take long
-            training = MuraDataset(images)
-    evaluate_ensemble(config, ensemble, scan, cache, distributed, signals, training)
+    config, scan = scan_data(config, config.split)
+    evaluate_ensemble(config, ensemble, scan, distributed, signals)
     return EXIT_DONE
 
 
 def train_command(config: Config, signals: StopSignals) -> int:
     """Train, keep the best model by --select, then evaluate it once on valid/."""
-    state_file, files = config.file(".last.pth"), [config.file(e) for e in RUN_FILES]
     lock = run_lock(config.file(".lock")) if is_main_process() else contextlib.nullcontext()
     with lock:
-        content: Content = {}
-        if config.resume is True or (config.resume and state_file.exists()):
-            content = read_state(state_file)
+        content = saved_state(config)
+        if content:
             config = resumed_config(config, content)
-        elif not config.overwrite and is_main_process():
-            require_new(files, "--resume continues that run, --overwrite replaces it")
         require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
         distributed.require_shared(config.file(".lock"))
-        train_and_test(config, content, hardware, distributed, signals)
+        config, scan = scan_data(config, "train")
+        for text in scan.notes:
+            warn(text)
+        test = None
+        if not config.labels and (scan.folder.parent / "valid").is_dir():
+            _, test = scan_data(config, "valid")
+        trainer = make_trainer(config, content, scan, hardware, distributed, signals)
+        trainer.fit()
+        if test:
+            ensemble = load_ensemble(config, hardware)
+            evaluate_ensemble(config, ensemble, test, distributed, signals)
+        else:
+            warn("there is no valid/, so no test; --evaluate --labels tests on other images")
+        model, state = config.checkpoint[0], trainer.state
+        log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val "
+            f"{config.select})")
+        log(f"next: python {PROGRAM}.py --predict IMAGE --checkpoint {shlex.quote(str(model))}")
     return EXIT_DONE
 
 
-def read_state(path: Path) -> Content:
-    """Return the content of STEM.last.pth.
+def saved_state(config: Config) -> Content:
+    """Return the content of STEM.last.pth where --resume goes on with it; empty for a new run.
 
     Raises:
-        UserError: it is not there, or not usable.
+        UserError: it is not there, or not usable; or a new run would replace another.
     """
-    if not path.exists():
+    path = config.file(".last.pth")
+    if config.resume and path.exists():
+        content = read_checkpoint(path, "state")
+        if not set(LEARNT) <= set(content["settings"]):
+            raise UserError(f"--resume {path}: written by version {content['version']}; start a "
+                            "new run")
+        return content
+    if config.resume and config.resume != "auto":
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
-    content = read_checkpoint(path, "state")
-    if not set(LEARNT) <= set(content["settings"]):
-        raise UserError(f"--resume {path}: written by version {content['version']}; start a new "
-                        "run")
-    return content
+    if not config.overwrite and is_main_process():
+        files = [config.file(ending) for ending in RUN_FILES]
+        require_new(files, "--resume continues that run, --overwrite replaces it")
+    return {}
+
+
+def make_trainer(
+    config: Config, content: Content, scan: Scan, hardware: DevicePrecision,
+    distributed: Distributed, signals: StopSignals,
+) -> Trainer:
+    """Return the trainer of a new run, or of one that goes on from the `content` of its state."""
+    sides = split_by_patient(scan.records, config.val_split, config.seed)
+    class_weights(sides[0])  # both classes must be there: checked before the long work
+    network, earlier = initial_network(config, resumed=bool(content))
+    size = choose_image_size(scan.records, config.image_size)
+    tta = config.hflip > 0 if config.tta is None else config.tta
+    config = replace(config, image_size=size, model=network.name, tta=tta)
+    caches = shared_decode(config, scan, (size, config.resize), distributed)
+    bad_images = report_bad_images(scan, caches, config.on_bad_image)
+    train, val = (MuraDataset(caches, records) for records in sides)
+    patients = {}
+    for name, dataset in (("train", train), ("val", val)):
+        patients[name] = sorted({record.patient for record in dataset.records})
+        if not patients[name]:
+            raise UserError(f"{scan.folder}: no image of {name} can be read; replace the bad "
+                            "ones, or change --val-split", EXIT_FAILED)
+        log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
+    seen = set(itertools.chain(*earlier.get("patients", {}).values()))
+    warn_about_initial_model(config, earlier, len(seen & set(patients["val"])))
+    facts = {
+        "bad_images": len(bad_images),
+        "patients": patients | {"train": sorted(seen.union(patients["train"]))},
+        "body_parts": sorted({record.body_part for record in train.records})}
+    facts = content.get("facts", facts)
+    trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
+    if content:
+        trainer.resume(content)
+    else:
+        trainer.save_state()  # first, and over that of a run that is replaced
+    if distributed.rank == 0:
+        split = [{"patient": patient, "split": name}
+                 for name, names in patients.items() for patient in names]
+        atomic_write(config.file(".split.csv"), csv_text(split, ("patient", "split")))
+    return trainer
 
 
 def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]:
@@ -4746,100 +4716,39 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
     """
     torch.manual_seed(config.seed)
     source = "none" if resumed else config.weights
-    if source == "none":
-        return Network(config.model), {}
+    content: Content = {}
     if source == "imagenet":
         content = imagenet_weights(config.model)
-    else:
+    elif source != "none":
         content = read_weights(Path(source), "--weights wants imagenet, none, or a file of weights")
     if content.get("format") != PROGRAM:
         network = Network(config.model)
-        load_backbone(network, content, source)
+        if source != "none":
+            load_backbone(network, content, source)
         return network, {}
-    name = content.get("model")
-    if name not in ARCHITECTURES:
-        raise UserError(f"--weights {source}: is not a model (STEM.pth) of this program")
-    if "model" in config.given and config.model != name:
-        raise UserError(f"--weights {source}: is a {name}, not a {config.model}; leave --model out")
-    network = Network(name)
     try:
+        network = Network(content["model"])
         network.load_state_dict(content["state_dict"])
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"--weights {source}: written by another version of this "
+        raise UserError(f"--weights {source}: is not a model (STEM.pth) of this version of this "
                         "program") from error
     require_finite(content["state_dict"], f"--weights {source}")
+    if "model" in config.given and config.model != network.name:
+        raise UserError(f"--weights {source}: is a {network.name}, not a {config.model}; leave "
+                        "--model out")
     return network, content
 
 
-def warn_about_initial_model(config: Config, earlier: Content, val: Sequence[ImageRecord]) -> None:
-    """Warn where the model of --weights has seen patients of val, or had other preprocessing."""
-    seen = set(known_patients(earlier)) & {record.patient for record in val}
+def warn_about_initial_model(config: Config, earlier: Content, seen: int) -> None:
+    """Warn where the model of --weights has `seen` patients of val, or had other preprocessing."""
     if seen:
-        warn(f"--weights {config.weights}: has seen {len(seen)} patients of val: validation, "
+        warn(f"--weights {config.weights}: has seen {seen} patients of val: validation, "
              "temperature and the choice of the epoch are optimistic (leakage)")
     for name in ("resize", "normalization") if earlier else ():
-        then, now = earlier["settings"][name], getattr(config, name)
-        if then != now:
+        then, wanted = earlier["settings"][name], getattr(config, name)
+        if then != wanted:
             warn(f"--weights {config.weights}: was trained with {flag_of(name)} {then}, this run "
-                 f"has {now}")
-
-
-def known_patients(earlier: Content) -> list[str]:
-    """Return the patients that a model has seen, for training or validation."""
-    return [name for names in earlier.get("patients", {}).values() for name in names]
-
-
-def train_and_test(
-    config: Config, content: Content, hardware: DevicePrecision, distributed: Distributed,
-    signals: StopSignals,
-) -> None:
-    """Train from the start, or from the `content` of a saved state, then test on valid/."""
-    scan, cache = scan_data(config, "train")
-    for text in scan.notes:
-        warn(text)
-    sides = split_by_patient(scan.records, config.val_split, config.seed)
-    class_weights(sides[0])  # both classes must be there: checked before the long work
-    test = None
-    if not config.labels and (scan.folder.parent / "valid").is_dir():
-        test, _ = scan_data(config, "valid")
-    network, earlier = initial_network(config, resumed=bool(content))
-    size = choose_image_size(scan.records, config.image_size)
-    tta = config.hflip > 0 if config.tta is None else config.tta
-    config = replace(config, image_size=size, model=network.name, tta=tta)
-    caches = shared_decode(scan, (size, config.resize), cache, config, distributed)
-    bad_images = report_bad_images(scan, caches, config.on_bad_image)
-    train, val = (MuraDataset(caches, records) for records in sides)
-    patients = {}
-    for name, dataset in (("train", train), ("val", val)):
-        patients[name] = sorted({record.patient for record in dataset.records})
-        if not patients[name]:
-            raise UserError(f"none of the images of {name} can be read", EXIT_FAILED)
-        log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
-    warn_about_initial_model(config, earlier, sides[1])
-    split = [{"patient": patient, "split": name} for name in patients for patient in patients[name]]
-    seen = sorted({*patients["train"], *known_patients(earlier)})
-    facts = {"bad_images": len(bad_images), "patients": patients | {"train": seen},
-             "body_parts": sorted({record.body_part for record in train.records})}
-    facts = content.get("facts", facts)
-    trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
-    if content:
-        trainer.resume(content)
-    else:
-        trainer.save_state()  # first, and over that of a run that is replaced
-    if distributed.rank == 0:
-        atomic_write(config.file(".split.csv"), csv_text(split, ("patient", "split")))
-    trainer.fit()
-    if test:
-        ensemble = load_ensemble(config, hardware)
-        known = MuraDataset(caches)
-        evaluate_ensemble(config, ensemble, test, cache, distributed, signals, known)
-    else:
-        warn("there is no valid/, so there is no test; --evaluate --labels tests on other images")
-    model, state = config.checkpoint[0], trainer.state
-    log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val {config.select})")
-    log(f"next: python {PROGRAM}.py --predict IMAGE --checkpoint {shlex.quote(str(model))}")
-
-
+                 f"has {wanted}")
 
 
 # ===== 11 phantoms and demo =======================================================================
@@ -5053,7 +4962,7 @@ DEMO_PARTS = ("XR_FOREARM", "XR_HUMERUS")
 
 
 def pointing_game(
-    results: Sequence[StudyResult], boxes: Mapping[Path, Box]
+    results: Sequence[Study], boxes: Mapping[Path, Box]
 ) -> str:
     """Return how often the heatmap peaks in the lesion's box, and how much of it lies there.
 
@@ -5082,19 +4991,16 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     if there.exists() and not (there / PHANTOM_LIST).exists():
         raise UserError(f"--demo {folder}: {there} holds no phantoms; give another folder")
     figure = config.figure or folder / "demo_heatmap.png"
-    require_targets(config, {"figure": [figure]}, [])
+    require_targets(config, {"figure": [figure]})
     if not config.overwrite:
         require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")
     root = write_phantoms(folder, *DEMO_STUDIES, DEMO_PARTS, config.seed)
     config = replace(config, data_dir=root)
     train_command(config, signals)
-    hardware = choose_precision(choose_device(config.device), config.precision)
-    ensemble = load_ensemble(config, hardware)
-    threshold, _ = stored_threshold(ensemble.models)
     boxes = read_lesion_boxes(root)
-    inputs = [PredictInput(path, (path,)) for path in boxes]
-    results = list(Predictor(ensemble, threshold, config).studies(inputs))
+    inputs = [Study(path, [path]) for path in boxes]
+    results = list(load_predictor(config).studies(inputs))
     called = [result for result in results if result.label == "abnormal"]
     if called:
         log(pointing_game(called, boxes))
@@ -5127,9 +5033,8 @@ def load(
         device: as --device.
         threshold: abnormal above this probability (default: the models').
     """
-    config = Config(checkpoint=tuple(map(Path, checkpoints)), device=device)
-    ensemble = load_ensemble(config, choose_precision(choose_device(device), config.precision))
-    return Predictor(ensemble, threshold or stored_threshold(ensemble.models)[0], config)
+    paths = tuple(map(Path, checkpoints))
+    return load_predictor(Config(checkpoint=paths, device=device, threshold=threshold))
 
 
 def main(config: Config) -> int:

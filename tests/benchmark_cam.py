@@ -50,8 +50,8 @@ class Study:
     def results(self, method: str) -> Iterator[tuple[Any, Any]]:
         """Yield (record, result) of all images."""
         config = mura.Config(cam=method)
-        predictor = mura.Predictor(self.ensemble, self.model.threshold, config)
-        inputs = [mura.PredictInput(Path(r.path), (Path(r.path),)) for r in self.records]
+        predictor = mura.Predictor(config, self.ensemble)
+        inputs = [mura.Study(Path(r.path), [Path(r.path)]) for r in self.records]
         yield from zip(self.records, predictor.studies(inputs), strict=True)
 
     def inside(self, record: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -195,6 +195,7 @@ def test_a_result_draws_its_figure(small: Path, study: Path) -> None:
 NOTEBOOK = """
 import json, logging, os, signal, sys, threading, warnings
 sys.argv = ["notebook", "--no-such-flag"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel has it, whatever started it
 import torch, torchvision, PIL.Image, PIL.ImageFile, tqdm.auto
 
 def state():
