@@ -81,6 +81,7 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     """Declare a flag as a field of Config, refused in other modes than these letters of MODES.
 
     `kind` holds arguments of add_argument: the values it takes; -h shows `text` up to a semicolon.
+    A flag of training also stands in LEARNT or KEPT, unless it is about files or the machine.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
@@ -856,7 +857,8 @@ def check_archive(file: IO[bytes]) -> None:
 
 
 # ===== 3 decoding =================================================================================
-# What is read how, and by which source, stands in tests/DECODING.md.
+# What is read how, and by which source, stands in tests/DECODING.md. A further format is an entry
+# of IMAGE_FORMATS, and its suffix one of IMAGE_SUFFIXES.
 
 IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start Ghostscript
     # DICOM: with preamble, or from its first tag on
@@ -1252,6 +1254,7 @@ def unlike_radiograph(radiograph: Radiograph) -> str | None:
 
 # ===== 4 data set =================================================================================
 
+# A scan takes these without opening the files; what is read is IMAGE_FORMATS.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
 CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
 LAYOUT = "expected XR_*/patient*/study*_*/image*.png"
@@ -1876,7 +1879,7 @@ def symmetric(uniform: Array, strength: float) -> Array:
     return strength * (2 * uniform - 1)
 
 
-def flip_matrix(sign: Tensor) -> Tensor:
+def hflip_matrix(sign: Tensor) -> Tensor:
     """Return matrices that mirror left and right where the sign is -1."""
     return torch.diag_embed(torch.stack([sign, torch.ones_like(sign)], 1))
 
@@ -1894,7 +1897,7 @@ def change_contrast(images: Tensor, change: Tensor) -> Tensor:
 
 
 AUGMENTATIONS = {  # in the order in which they are applied; each has a flag of the same name
-    "hflip": Augmentation(lambda uniform, p: np.where(uniform < p, -1.0, 1.0), warp=flip_matrix),
+    "hflip": Augmentation(lambda uniform, p: np.where(uniform < p, -1.0, 1.0), warp=hflip_matrix),
     "rotation": Augmentation(symmetric, warp=rotation_matrix),
     "contrast": Augmentation(symmetric, adjust=change_contrast),
     "brightness": Augmentation(symmetric, adjust=torch.add),
@@ -1976,7 +1979,7 @@ def choose_normalization(kind: str, dataset: MuraDataset) -> Normalization:
 class Stage:
     """A part of a network: its layers, and where the cells of its output lie in the input."""
 
-    layers: str  # names of submodules of the trunk, in order; the last one rectifies
+    layers: str  # names of submodules of the trunk, in order
     stride: int  # input pixels from one cell to the next
     offset: float  # input pixel at the centre of the first cell
 
@@ -2003,8 +2006,9 @@ def build_densenet169() -> Any:
     return network
 
 
+# By torchvision's names, which are the choices of --model; each has four stages, of CAM_METHODS.
 # A cell's centre follows from strides and padding: 0, 2, 6, 14 in DenseNet-169. In ResNet-50 it
-# is 0, but what cells see lies 1 to 5 px right of and below it, measured with ImageNet weights.
+# is 0, but what cells see lies 1 to 5 px right of and below it, as tests/benchmark_cam.py measures.
 ARCHITECTURES = {
     "densenet169": Architecture(  # relu0 stands for torchvision's functional ReLU
         build_densenet169, "features", "classifier", (
@@ -2033,7 +2037,8 @@ class Network(nn.Module):
         self.name, self.architecture = name, ARCHITECTURES[name]
         source = self.architecture.constructor()
         width = source.get_submodule(self.architecture.head).in_features
-        setattr(source, self.architecture.head, nn.Identity())
+        parent, _, name = self.architecture.head.rpartition(".")
+        setattr(source.get_submodule(parent), name, nn.Identity())
         self.backbone = source.get_submodule(self.architecture.trunk)
         self.head = nn.Linear(width, 1)
 
@@ -2201,21 +2206,19 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
 class CamMethod:
     """A class activation map: the product of maps of several stages, or one stage's map.
 
-    A fused map is placed cell by cell and scaled so that its peak is the calibrated log odds of the
-    explained class above the threshold; it is 0 where that class was not predicted. Any other map
-    is enlarged bilinearly, in logits.
+    It is placed cell by cell and scaled: its peak is the calibrated log odds of the explained class
+    above the threshold, and it is 0 where that class was not predicted. Classical Grad-CAM alone is
+    not scaled: it is in logits by itself, and enlarged bilinearly.
     """
 
     terms: tuple[tuple[int, CamRule], ...]  # stage and rule of each map
-    unit: str
-    fused: bool = False
+    unit: str = "peak: log odds above the threshold"
+    scaled: bool = True
 
 
-CAM_METHODS = {
-    "fine": CamMethod(
-        ((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam)),
-        "peak: log odds above the threshold", fused=True),
-    "gradcam": CamMethod(((3, grad_cam),), "logits"),
+CAM_METHODS = {  # the choices of --cam
+    "fine": CamMethod(((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam))),
+    "gradcam": CamMethod(((3, grad_cam),), "logits", scaled=False),
 }
 
 
@@ -2247,7 +2250,7 @@ def stage_maps(
     maps = []
     for index, rule in method.terms:
         found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
-        maps.append(enlarge(found, side, stages[index] if method.fused else None))
+        maps.append(enlarge(found, side, stages[index] if method.scaled else None))
     return logits.detach(), torch.stack(maps)
 
 
@@ -2287,7 +2290,7 @@ def class_activation_map(
     if tta:
         flipped_logits, flipped = stage_maps(network, images.flip(3), method, sign)
         logits, maps = (logits + flipped_logits) / 2, (maps + flipped.flip(3)) / 2
-    return logits, peak_of_one(peak_of_one(maps).prod(0)) if method.fused else maps[0]
+    return logits, peak_of_one(peak_of_one(maps).prod(0)) if method.scaled else maps[0]
 
 
 def resize_map(heat: Array, height: int, width: int) -> Array:
@@ -2410,7 +2413,7 @@ class Ensemble:
                 logits, heat = class_activation_map(
                     model.network, inputs, method, sign, tta=model.tta)
             rows.append(logits)
-            maps.append(heat * sign[:, None, None] / (1 if method.fused else model.temperature))
+            maps.append(heat * sign[:, None, None] / (1 if method.scaled else model.temperature))
         return torch.stack(rows), maps
 
     def predict_dataset(
@@ -2980,7 +2983,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     ])
 # ===== 8 training =================================================================================
 
-SELECTION = {"accuracy": 1, "auroc": 1, "kappa": 1, "loss": -1}  # of --select: is more better?
+# Of --select, whose choices are these: is more better? Each is val_NAME of Trainer.history_row.
+SELECTION = {"accuracy": 1, "auroc": 1, "kappa": 1, "loss": -1}
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
 Row = dict[str, float]  # of STEM.history.csv; an undefined metric is NaN
@@ -4283,7 +4287,7 @@ class Predictor:
             maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
         view.cam, view.squares = np.maximum(sign * np.mean(maps, axis=0), 0), ()
         above = sign * log_odds_above(view.probability, self.threshold)
-        if self.method.fused:
+        if self.method.scaled:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
         box = strongest_region(view.cam)
         if box and sign > 0 and above > 0:
@@ -4655,7 +4659,7 @@ def saved_state(config: Config) -> Content:
     path = config.file(".last.pth")
     if config.resume and path.exists():
         content = read_checkpoint(path, "state")
-        if not set(LEARNT) <= set(content["settings"]):
+        if not {*LEARNT, *KEPT} <= content["settings"].keys() | content["kept"].keys():
             raise UserError(f"--resume {path}: written by version {content['version']}; start a "
                             "new run")
         return content
