@@ -768,6 +768,8 @@ def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
 def run_lock(path: Path) -> Iterator[None]:
     """Hold a lock that dies with the process; UserError where another process has it."""
     require_writable(path)
+    if path.exists() and path.stat().st_size:  # ours is empty
+        raise UserError(f"{path}: is in the way, and not of this program; use another --checkpoint")
     with path.open("ab") as file:
         try:
             if sys.platform == "win32":
@@ -2363,7 +2365,9 @@ def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: written by another version of this program "
                         f"({content.get('version')}); train again") from error
-    require_finite(network.state_dict(), str(path))
+    numbers = {name: torch.tensor(float(values[name])) for name in
+               ("temperature", "study_temperature", "threshold")}
+    require_finite(network.state_dict() | numbers, str(path))
     if tta is not None:
         values["tta"] = tta
     network = hardware.prepare(network).eval().requires_grad_(False)
@@ -2392,9 +2396,12 @@ class Ensemble:
             return torch.stack([model.logits(to_unit(batch)) for model, batch in pairs])
 
     def probabilities(self, logits: Array) -> Floats:
-        """Return the members' calibrated probabilities of abnormal, (members, N)."""
+        """Return the members' calibrated probabilities of abnormal, (members, N).
+
+        NaN where a logit is not finite: that of infinity would be a confident class.
+        """
         temperatures = np.array([[model.temperature] for model in self.models])
-        return sigmoid(logits / temperatures)
+        return np.where(np.isfinite(logits), sigmoid(logits / temperatures), np.nan)
 
     def explain(
         self, images: Sequence[Tensor], method: CamMethod, sign: Tensor
@@ -3614,7 +3621,8 @@ def heat_colormap(cam_class: str) -> Any:
 def fit_pixels(pixels: Any, side: float) -> Any:
     """Return pixels (H, W), averaged or interpolated until the longer side is `side`."""
     image = Image.fromarray(pixels)
-    return np.asarray(ImageOps.contain(image, (int(side), int(side)), Image.Resampling.BILINEAR))
+    size = [max(1, round(side * edge / max(image.size))) for edge in image.size]
+    return np.asarray(image.resize((size[0], size[1]), Image.Resampling.BILINEAR))
 
 
 def blend_heat(pixels: Any, heat: Any, cam_class: str, vmax: float) -> Image.Image:
@@ -4155,7 +4163,7 @@ def search_folder(top: Path) -> list[Study]:
     found: dict[object, Study] = {}
     for path in walk_files(top, closed.append):
         header, folder = read_header(path), path.parent
-        if not header or (path.name.endswith(HEATMAP_ENDING) and is_ours(path)):
+        if not header or is_own_figure(path):
             skipped.append(path.name)
         else:
             name = os.path.basename(os.path.realpath(folder))
@@ -4170,6 +4178,11 @@ def search_folder(top: Path) -> list[Study]:
     errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
               for error in closed]
     return [*found.values(), *errors]
+
+
+def is_own_figure(path: Path) -> bool:
+    """Return whether --predict saved this picture beside the images."""
+    return path.name.endswith(HEATMAP_ENDING) and is_ours(path)
 
 
 def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
@@ -4207,7 +4220,8 @@ class Predictor:
         """
         files = [path := Path(path)]
         if path.is_dir():
-            files = [file for name in file_names(path) if read_header(file := path / name)]
+            names = [path / name for name in file_names(path)]
+            files = [file for file in names if read_header(file) and not is_own_figure(file)]
         (study,) = self.studies([Study(path, files)])
         if not study.label:
             raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
@@ -5103,6 +5117,8 @@ def run_as_script(config: Config) -> int:
             stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks
         streams.append(SafeStream(stream))
     sys.stdout, sys.stderr = streams
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal has gone: the run goes on
     code = main(config)
     return code or int(any(stream.lost for stream in streams))
 

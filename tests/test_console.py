@@ -880,3 +880,11 @@ def test_a_folder_that_some_machine_does_not_see_is_refused(
         job.require_shared(tmp_path / "run.lock")
     with pytest.raises(mura.UserError, match="is not shared"):
         job.require_shared(tmp_path / "missing.lock")
+
+
+def test_a_lock_does_not_remove_a_file_of_that_name(tmp_path: Path) -> None:
+    path = tmp_path / "poetry.lock"
+    path.write_text("important")
+    with pytest.raises(mura.UserError, match="not of this program"), mura.run_lock(path):
+        pass
+    assert path.read_text() == "important"

@@ -1150,3 +1150,9 @@ def test_a_data_set_is_predicted_once_and_in_order(thin: None, batch_size: int) 
     assert found.shape == (2, 7) and found.dtype == np.float64 and sum(done) == 7
     assert max(done) <= batch_size
     np.testing.assert_allclose(found, ensemble.logits(images).numpy(), atol=1e-5)
+
+
+def test_an_infinite_logit_is_no_probability() -> None:
+    ensemble = mura.Ensemble(members(), mura.CPU)
+    found = ensemble.probabilities(np.array([[np.inf, 0.0], [-np.inf, np.nan]]))
+    np.testing.assert_array_equal(found, [[np.nan, 0.5], [np.nan, np.nan]])

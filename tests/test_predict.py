@@ -1728,3 +1728,23 @@ def test_an_export_of_many_layers_is_known_as_own(
     monkeypatch.setattr(mura, "load_ensemble", stop)
     run_inside("--export", tmp_path / "x.pt2", "--checkpoint", model)
     assert "it began" in error_line(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["threshold", "temperature", "study_temperature"])
+def test_a_stored_number_that_is_not_finite_is_refused_at_loading(
+    ask: Ask, image: Path, pair: list[Path], tmp_path: Path, capsys: Captured, name: str
+) -> None:
+    content = torch.load(pair[0], weights_only=True)
+    path = write_model(tmp_path / "odd.pth", content, **{name: float("nan")})
+    assert ask(image, "--checkpoint", path) == mura.EXIT_USAGE
+    printed = capsys.readouterr()
+    assert f"{path}: {name} holds numbers that are not finite" in printed.err and not printed.out
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_a_line_of_pixels_has_a_figure(ask: Ask, image: Path, size: tuple[int, int]) -> None:
+    """And the inputs behind it have their answers."""
+    noise = np.random.default_rng(0).integers(0, 255, size[::-1], np.uint8)
+    Image.fromarray(noise).save("line.png")
+    assert ask("line.png", image, "--figure", "f", "--output", "o.csv") == 0
+    assert len(list(Path("f").iterdir())) == 2 == len(read_rows(Path("o.csv")))

@@ -1195,7 +1195,7 @@ def test_input_that_overflows_is_one_line(
     untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A loss that is not finite from the first batch on; no model is left."""
-    flags = ("--normalization", "0,1e-38", "--precise-bn", "0")
+    flags = ("--normalization", f"0,{1e-38:.38f}", "--precise-bn", "0")
     assert run_inside(*training(untested, tmp_path / "run.pth", *flags)) == 1
     assert "the loss is not finite in epoch 1" in one_line(capsys)
     assert not (tmp_path / "run.pth").exists()
