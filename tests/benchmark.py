@@ -430,7 +430,7 @@ def explain(bench: Bench) -> Measured:
     from pytorch_grad_cam import LayerCAM
     from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 
-    fp32 = replace(bench.hardware, dtype=torch.float32)
+    fp32 = replace(bench.hardware, precision="fp32")
     network = fp32.prepare(mura.Network(bench.model))
     shape = (64, 3, bench.size, bench.size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
