@@ -3127,6 +3127,8 @@ class Trainer:
             while self.unfinished():
                 self.train_epoch()
                 self.end_epoch(self.validate())
+                if self.distributed.world_size == 1:
+                    self.signals.check()  # the state is saved
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
     def unfinished(self) -> bool:
@@ -3401,11 +3403,14 @@ def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predi
 def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
     """Return the options of a run that goes on; UserError where one would change what is learnt."""
     saved = content["settings"] | content["kept"]
+    differ = []
     for name in LEARNT:
         if name in config.given and getattr(config, name) != saved[name]:
             shown = " ".join(saved[name]) or "all" if name == "tasks" else saved[name]
-            raise UserError(f"--resume: {flag_of(name)} was {shown}: leave it out, or start a new "
-                            "run with another --checkpoint")
+            differ.append(f"{flag_of(name)} was {shown}")
+    if differ:
+        raise UserError(f"--resume: {', '.join(differ)}: leave it out, or start a new run with "
+                        "another --checkpoint")
     names = {*LEARNT, *KEPT} - config.given
     return replace(config, **{name: saved[name] for name in names})
 

@@ -969,6 +969,16 @@ def test_flags_that_change_what_is_learnt_are_refused_by_name(
     assert listing(tmp_path) == files
 
 
+def test_all_refused_flags_are_named_at_once(
+    untested: Path, whole_untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = copy_run(whole_untested, tmp_path)
+    flags = ("--seed", "4", "--mixup", "0.3", "--resume")
+    assert run_inside(*training(untested, checkpoint, *flags)) == 2
+    line = one_line(capsys)
+    assert "--mixup was 0.0" in line and "--seed was 0" in line
+
+
 def test_other_flags_may_change(data: Path, stopped: Path, whole: Path, tmp_path: Path) -> None:
     """Those that do not change what is learnt; the data may have moved."""
     flags = ("--save-every", "0", "--workers", "2", "--bootstrap", "120", "--patience", "7",
