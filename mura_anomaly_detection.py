@@ -81,7 +81,7 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     """Declare a flag as a field of Config, refused in other modes than these letters of MODES.
 
     `kind` holds arguments of add_argument: the values it takes; -h shows `text` up to a semicolon.
-    A flag of training also stands in LEARNT or KEPT, unless it is about files or the machine.
+    A flag of training is one of LEARNT, unless it stands in KEPT or FREE.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
@@ -141,12 +141,11 @@ GROUPS = {  # first flag of each group in --help
 SHORT_HELP = (
     "data_dir checkpoint resume overwrite tasks val_split model epochs batch_size lr evaluate "
     "predict output figure demo device").split()
-LEARNT = (  # they decide what is learnt: --resume takes them from the saved state ...
-    "recipe tasks val_split image_size resize normalization model batch_size lr lr_schedule warmup "
-    "weight_decay hflip rotation brightness contrast mixup precise_bn select precision seed "
-    "threshold tta").split()
-KEPT = (  # ... and these where they are not given
+KEPT = (  # --resume takes these from the saved state where they are not given; see LEARNT
     "epochs grad_accum_steps patience on_bad_image drop_duplicates weights").split()
+FREE = (  # and these never: files, reports and the machine
+    "data_dir labels checkpoint cache_dir resume overwrite save_every bootstrap prevalence device "
+    "compile workers debug").split()
 
 
 @dataclass(frozen=True)
@@ -302,6 +301,9 @@ class Config:
 
 
 OPTIONS = tuple(item for item in fields(Config) if item.metadata)
+LEARNT = tuple(  # they decide what is learnt: --resume takes them from the saved state
+    item.name for item in OPTIONS
+    if "T" in item.metadata["modes"] and item.name not in (*KEPT, *FREE))
 
 
 class Parser(argparse.ArgumentParser):
@@ -378,6 +380,7 @@ def usage_problem(config: Config) -> str | None:
             mode in "TE" and not (config.data_dir or config.labels),
         "--split is for MURA's folders, not for --labels": config.labels and "split" in given,
         f"{chosen[0]} takes one --checkpoint": mode in "TDX" and len(config.checkpoint) > 1,
+        "--checkpoint names a model twice": len({*config.checkpoint}) < len(config.checkpoint),
         f"--checkpoint {first}: the name must end in .pth, and not in .last.pth, a saved state's":
             trains and (first.suffix != ".pth" or first.stem.endswith(".last")),
         "--resume and --overwrite exclude each other": config.resume and config.overwrite,
@@ -872,6 +875,7 @@ IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start G
 HEAD_BYTES = 65_536  # holds the first bytes of every format and the file meta of DICOM
 MAX_BYTES = 1 << 29  # holds MAX_PIXELS of 16-bit RGBA
 MAX_PIXELS = 36_000_000  # 60 x 60 cm at 100 um: a gigabyte of memory; judged by the header
+MAX_SIDE = 65_535  # as of JPEG and DICOM: reducing a longer side costs more than all its pixels
 OUTLIERS = 1000  # one pixel of so many may be darker than black, and one brighter than white
 MIN_CONTRAST = 8  # grey levels from the 0.5th to the 99.5th percentile: below, nothing was imaged
 MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B): a small coloured mark stays below
@@ -881,6 +885,8 @@ JPEG_SIZE = re.compile(  # T.81 SOF, T.800 SIZ
     rb"(?s)\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\x02-\x10](..)(..)"
     rb"|\xff\x4f\xff\x51.{4}(.{4})(.{4})"
 )
+DICOM_DEFAULTS = {  # where an attribute is missing
+    "SamplesPerPixel": 1, "PixelRepresentation": 0, "PhotometricInterpretation": "MONOCHROME2"}
 JPEG_SCAN = re.compile(rb"(?s)(\xff\xda\0(?:\x08\x01..|\x0c\x03.{6}))\0\0\0")  # T.81 SOS
 
 OPTIONAL = contextlib.suppress(Exception)  # what is absent or not understood is left out
@@ -978,6 +984,8 @@ def _read_bytes(path: Path) -> bytes:
 def _check_size(width: int, height: int, frames: int = 1) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} megapixels")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"a side of more than {MAX_SIDE} pixels")
     if frames > 1:
         raise BadImage("several frames in one file: save the wanted one by itself")
 
@@ -1052,6 +1060,8 @@ def _check_tiff(image: _TiffFile) -> bool:
     """
     tags, (width, height), several = image.tag_v2, image.size, False
     _check_size(tags.get(322, 1), tags.get(323, 1))  # of a tile
+    if not {273, 324} & {*tags}:  # StripOffsets, TileOffsets
+        raise BadImage("damaged: its tags do not say where the pixels are")
     bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284, 1)
     if not image.tile or (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
         raise BadImage(f"{bits}-bit TIFF is not supported (byte order {tags.prefix.decode()}, "
@@ -1126,9 +1136,16 @@ def _decode_dicom(data: bytes) -> Radiograph:
     header = _read_dicom(io.BytesIO(data))
     if "PixelData" not in header:
         raise BadImage("a DICOM file without an image, or its header is damaged")
+    for keyword in ("Rows", "Columns", "BitsAllocated"):
+        if not header.get(keyword):
+            raise BadImage(f"a DICOM file whose {keyword} is missing or 0")
     _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
+    notes = _dicom_warnings(header)
+    for keyword, value in (*DICOM_DEFAULTS.items(), ("BitsStored", header.BitsAllocated)):
+        if header.get(keyword) in (None, ""):
+            setattr(header, keyword, value)
     bits = header.BitsStored
-    header.BitsStored = max(bits, header.get("HighBit", 0) + 1)  # pydicom clears what is above
+    header.BitsStored = max(bits, (header.get("HighBit") or 0) + 1)  # pydicom clears what is above
     stored, chroma = _dicom_pixels(header), 0.0
     if stored.ndim == 3:
         grey, chroma = _to_grey(Image.fromarray(stored))
@@ -1139,13 +1156,17 @@ def _decode_dicom(data: bytes) -> Radiograph:
     if grey.shape != (header.Rows, header.Columns):
         raise BadImage("its pixels are not Rows x Columns")
     part = str(header.get("BodyPartExamined", ""))
-    return Radiograph(grey, part, _dicom_warnings(header), chroma)
+    return Radiograph(grey, part, notes, chroma)
 
 
 def _dicom_pixels(header: Dataset) -> Array:
     """Return the stored values of the first frame, (Rows, Columns) or (Rows, Columns, 3)."""
     from pydicom.pixels.utils import pixel_array
 
+    if not header["PixelData"].is_undefined_length:  # not compressed
+        bits = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated
+        if len(header.PixelData) < bits // 8:
+            raise BadImage(f"cut short: {len(header.PixelData)} of {bits // 8} bytes of pixels")
     syntax = header.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1").value
     if "JPEG" in syntax.name and (size := JPEG_SIZE.search(header.PixelData)):
         _check_size(*(int.from_bytes(side) for side in size.groups() if side))  # it is believed
@@ -1200,7 +1221,8 @@ def _display(header: Dataset, levels: Array) -> tuple[Array, Pixels | None]:
             setattr(header, keyword, header.get_item(keyword).value.decode().replace(",", "."))
     values, shown = levels, None
     with OPTIONAL:
-        values = levels * header.RescaleSlope + header.RescaleIntercept
+        if header.RescaleSlope:  # 0 would make all pixels alike
+            values = levels * header.RescaleSlope + header.RescaleIntercept
     with OPTIONAL:
         values = _look_up(levels, header.ModalityLUTSequence[0])
     for keyword in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"):
@@ -1230,6 +1252,8 @@ def _dicom_warnings(header: Dataset) -> tuple[str, ...]:
     storage = getattr(header.get("SOPClassUID"), "name", "")
     if "FOR PROCESSING" in f"{header.get('PresentationIntentType')}, {storage}".upper():
         return ("FOR PROCESSING: raw exposure, perhaps a negative",)
+    if not header.get("PhotometricInterpretation"):
+        return ("PhotometricInterpretation is missing: perhaps a negative",)
     polarity = f"{header.PhotometricInterpretation} {header.get('PresentationLUTShape')}"
     if polarity in ("MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"):
         return ("PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative",)
@@ -1614,7 +1638,9 @@ def open_cache(
             known = enumerate(zip(records, rows, squares, strict=True))
             images = [_checked(CachedImage(record, path, i, *row), square if verify else None)
                       for i, (record, row, square) in known]
-        except Exception:  # absent or damaged
+        except Exception as error:  # of damaged files, many kinds
+            if not isinstance(error, FileNotFoundError):
+                warn(f"{path}: it or its .json is damaged, so its images are decoded again")
             images = [CachedImage(record, path, i) for i, record in enumerate(records)]
         opened.append(images)
     return opened
@@ -1753,8 +1779,9 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
 
     @classmethod
     def from_folder(
-        cls, data_dir: str | Path, split: str = "train", tasks: Sequence[str] = (), size: int = 320,
-        resize: str = "stretch", transform: Callable[[Tensor], Any] | None = None,
+        cls, data_dir: str | Path, split: str = "train", tasks: str | Sequence[str] = (),
+        size: int = 320, resize: str = "stretch",
+        transform: Callable[[Tensor], Any] | None = None,
     ) -> MuraDataset:
         """Return the images of DATA_DIR/SPLIT, cached as on the command line.
 
@@ -1762,7 +1789,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
             UserError: the folder is not in MURA's layout, or its cache cannot be written.
         """
         root = find_data_root(Path(data_dir))
-        scan = scan_split(root, split, tasks)
+        scan = scan_split(root, split, [tasks] if isinstance(tasks, str) else tasks)
         for note in scan.notes:
             warn(note)
         images = decode_scan(scan, size, resize, cache_folder(Config(), root), 0)
@@ -2113,8 +2140,10 @@ def explain_misfit(name: str, given: Iterable[str], misfit: str) -> str:
     if not alike and any(numbered.fullmatch(key) for key in given):
         return ("its layers are numbered, as in an nn.Sequential, so it is not known which is "
                 f"which; save a {name}'s own state_dict")
-    looks = f"; it looks like a {alike[0]}" if alike and name not in alike else ""
-    return f"does not fit {name} ({misfit}){looks}; give weights of torchvision or timm"
+    remedy = "give weights of torchvision or timm"
+    if alike and name not in alike:
+        remedy = f"it looks like a {alike[0]}: add --model {alike[0]}"
+    return f"does not fit {name} ({misfit}); {remedy}"
 
 
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
@@ -2990,8 +3019,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     ])
 # ===== 8 training =================================================================================
 
-# Of --select, whose choices are these: is more better? Each is val_NAME of Trainer.history_row.
-SELECTION = {"accuracy": 1, "auroc": 1, "kappa": 1, "loss": -1}
+# The choices of --select: is more better? Each is val_NAME in STEM.history.csv; besides loss and
+# accuracy, which are of images, any of METRICS can be one, of studies.
+SELECTION = {"loss": -1, "accuracy": 1, "auroc": 1, "kappa": 1}
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
 Row = dict[str, float]  # of STEM.history.csv; an undefined metric is NaN
@@ -3025,12 +3055,6 @@ def loss_targets(
     labels = [record.label for record in records]
     found = [weights.get((record.body_part, record.label), 1) for record in records]
     return torch.tensor([labels, found]).float()
-
-
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum of the weighted binary cross-entropies of images; all of shape (B,)."""
-    return functional.binary_cross_entropy_with_logits(
-        logits.float(), labels, weights, reduction="sum")
 
 
 def poly_factor(step: int, total: int, warmup: float) -> float:
@@ -3131,6 +3155,11 @@ class Trainer:
                     self.signals.check()  # the state is saved
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
+    @property
+    def step(self) -> int:
+        """The number of optimiser steps taken, over all epochs."""
+        return self.state.epoch * self.batches + self.state.batch
+
     def unfinished(self) -> bool:
         """Return whether there are epochs left, and --patience, of which 0 is without end."""
         waited, patience = self.state.epoch - self.state.best_epoch, self.config.patience
@@ -3187,8 +3216,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         if config.lr_schedule == "poly":
-            step, total = state.epoch * self.batches + state.batch, config.epochs * self.batches
-            return config.lr * poly_factor(step, total, config.warmup)
+            total = config.epochs * self.batches
+            return config.lr * poly_factor(self.step, total, config.warmup)
         rate, lowest = config.lr, math.inf
         for row in state.history:
             if row["val_loss"] < lowest * (1 - 1e-4):
@@ -3196,6 +3225,11 @@ class Trainer:
             else:
                 rate *= 0.1
         return rate
+
+    def loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum of the weighted binary cross-entropies of images; all of shape (B,)."""
+        return functional.binary_cross_entropy_with_logits(
+            logits.float(), labels, weights, reduction="sum")
 
     def backward(self, batch: Array, pixels: Tensor) -> Tensor:
         """Compute gradients of a batch as in `train_step`, in micro-batches.
@@ -3219,7 +3253,7 @@ class Trainer:
             with self.forward.no_sync() if delays else contextlib.nullcontext():
                 with self.hardware.autocast():
                     logits = self.forward(self.normalization(inputs))
-                loss = torch.lerp(weighted_loss(logits, *partner), weighted_loss(logits, *own), lam)
+                loss = torch.lerp(self.loss(logits, *partner), self.loss(logits, *own), lam)
                 share = loss * (world_size / len(batch))  # DDP averages gradients over processes
                 torch.autograd.backward(self.scaler.scale(share))
             sums[0] += loss.detach()
@@ -3309,15 +3343,16 @@ class Trainer:
     def history_row(self, logits: Floats) -> Row:
         """Return an epoch's row: loss and accuracy per image, AUROC and kappa per study, at 0.5."""
         state = self.state
-        loss = weighted_loss(torch.from_numpy(logits), *self.val_targets)
+        loss = self.loss(torch.from_numpy(logits), *self.val_targets)
         studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
-        found = compute_metrics(studies.label, studies.probability, 0.5)
+        metrics = compute_metrics(studies.label, studies.probability, 0.5)
+        val = {name: float(values[0]) for name, values in metrics.items()}
+        val["loss"] = loss.item() / len(logits)
+        val["accuracy"] = float(((logits > 0) == self.val_set.labels).mean())
         return {
             "epoch": state.epoch + 1,
             "train_loss": state.loss / state.seen, "train_accuracy": state.correct / state.seen,
-            "val_loss": loss.item() / len(logits),
-            "val_accuracy": float(((logits > 0) == self.val_set.labels).mean()),
-            "val_auroc": float(found["auroc"][0]), "val_kappa": float(found["kappa"][0]),
+            **{f"val_{name}": val[name] for name in SELECTION},
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": state.seen / state.seconds,
             "seconds": state.seconds + self.validation_seconds,
@@ -3370,9 +3405,11 @@ class Trainer:
                             "another run; put the right one there")
         log(f"resumed from {path}: {state.epoch} epochs and {state.batch} batches are done")
         before, epochs = content["kept"]["epochs"], self.config.epochs
-        if self.config.lr_schedule == "poly" and epochs != before:
-            log(f"--epochs {before} -> {epochs}: the schedule is stretched; the learning rate goes "
-                f"on at {self.learning_rate():.2e}")
+        if epochs <= state.epoch:
+            log(f"--epochs {epochs}: all of them are done; a larger number goes on")
+        elif self.config.lr_schedule == "poly" and epochs != before:
+            log(f"--epochs {before} -> {epochs}: the schedule is fitted to it; the learning rate "
+                f"goes on at {self.learning_rate():.2e}")
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
@@ -3424,6 +3461,7 @@ HEAT_COLORS = {
     "normal": ("#000000", "#0d2a7a", "#0a63c8", "#0fa3c8", "#20dcb0"),
 }
 HEAT_OPACITY, OPAQUE_FROM = 0.7, 0.6  # the highest opacity, and the part of the scale it begins at
+FAINT_HEAT = 4.0  # log odds, from 0.5 to 0.98: the colour scale reaches at least this far
 CONTOUR_COLOR, LESION_COLOR = "#00ffff", "#7cfc00"  # strongest region; known lesion
 SCREEN_INCHES = 14.2, 8.2  # of the pictures at most: fits a screen of 1920 x 1080 at DPI
 DPI = 110
@@ -3597,7 +3635,7 @@ def plot_report(report: Mapping[str, Any], images: Predictions, studies: Predict
     import matplotlib as mpl
 
     found = report["levels"]["study"]
-    names = shorten(", ".join(report["checkpoints"]), 90)
+    names = shorten(", ".join(Path(path).name for path in report["checkpoints"]), 90)
     sizes = "{count} studies ({positives} abnormal), {patients} patients".format(**found)
     heights = 4.6, max(2.4, 0.25 * len(report["body_parts"]))
     with mpl.rc_context(STYLE):
@@ -3616,34 +3654,57 @@ def plot_report(report: Mapping[str, Any], images: Predictions, studies: Predict
 # ----- explanation and gallery
 
 
-def heat_colormap(cam_class: str) -> Any:
-    """Return matplotlib's colour map for the heat of a class."""
-    from matplotlib.colors import LinearSegmentedColormap
+@dataclass(frozen=True)
+class HeatScale:
+    """How the heatmaps of a figure are shown, all alike: from no heat to `top`."""
 
-    return LinearSegmentedColormap.from_list(cam_class, HEAT_COLORS[cam_class])
+    cam_class: str  # the class that the heat speaks for
+    unit: str
+    top: float
+
+    @property
+    def colormap(self) -> Any:
+        """Matplotlib's colour map of the class."""
+        from matplotlib.colors import LinearSegmentedColormap
+
+        return LinearSegmentedColormap.from_list(self.cam_class, HEAT_COLORS[self.cam_class])
+
+    def colors(self, heat: Array) -> Array:
+        """Return the colours of heat (H, W), (H, W, 3) from 0 to 1."""
+        shown: Array = self.colormap(heat / self.top)[..., :3]
+        return shown
+
+    def opacity(self, heat: Array) -> Array:
+        """Return the opacity of heat (H, W) on the radiograph, from 0 to 1."""
+        return HEAT_OPACITY * np.minimum(heat / self.top / OPAQUE_FROM, 1)
 
 
-def fit_pixels(pixels: Any, side: float) -> Any:
+def heat_scale(cam_class: str, unit: str, heatmaps: Iterable[Array]) -> HeatScale:
+    """Return the scale of these maps, on which faint heat stays faint."""
+    return HeatScale(cam_class, unit, max([FAINT_HEAT, *(float(heat.max()) for heat in heatmaps)]))
+
+
+def fit_pixels(pixels: Pixels, side: float) -> Pixels:
     """Return pixels (H, W), averaged or interpolated until the longer side is `side`."""
     image = Image.fromarray(pixels)
     size = [max(1, round(side * edge / max(image.size))) for edge in image.size]
-    return np.asarray(image.resize((size[0], size[1]), Image.Resampling.BILINEAR))
+    fitted = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return np.asarray(fitted)
 
 
-def blend_heat(pixels: Any, heat: Any, cam_class: str, vmax: float) -> Image.Image:
-    """Return the overlay of a radiograph and its heat, both (H, W): unchanged where heat is 0.
+def show_heat(
+    pixels: Pixels, heat: Array, side: float, scale: HeatScale
+) -> tuple[Pixels, Array, Image.Image]:
+    """Return a radiograph and its heat, both reduced or enlarged to `side` pixels, and the overlay.
 
-    Args:
-        pixels: of the radiograph, uint8.
-        heat: from 0.
-        cam_class: the class that the heat speaks for.
-        vmax: heat at the top of the scale.
+    The overlay is the radiograph as it is where there is no heat. Pixels and heat are (H, W), but
+    the heat may be of another size.
     """
-    level = np.clip(heat / vmax, 0, 1)
-    opacity = HEAT_OPACITY * np.minimum(level / OPAQUE_FROM, 1)[..., None]
-    color = 255 * heat_colormap(cam_class)(level)[..., :3]
-    mixed = (1 - opacity) * pixels[..., None] + opacity * color
-    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+    pixels = fit_pixels(pixels, side)
+    heat = resize_map(heat, *pixels.shape)
+    opacity = scale.opacity(heat)[..., None]
+    mixed = (1 - opacity) * pixels[..., None] + opacity * 255 * scale.colors(heat)
+    return pixels, heat, Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def outline_region(overlay: Image.Image, heat: Any, box: Any) -> None:
@@ -3657,7 +3718,7 @@ def outline_region(overlay: Image.Image, heat: Any, box: Any) -> None:
 
 def draw_tiles(
     figure: Any, tiles: Sequence[tuple[Image.Image, str]], group: int, heading: str,
-    cam_class: str, unit: str, vmax: float,
+    scale: HeatScale,
 ) -> None:
     """Fill a figure with pictures (of the same longer side), titles and the colour bar of heat.
 
@@ -3683,14 +3744,14 @@ def draw_tiles(
         axes.set(xlim=(0, size_x), ylim=(size_y, 0), aspect="auto")
         axes.set_axis_off()
         figure.suptitle(heading)
-        shown = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, vmax), heat_colormap(cam_class))
+        shown = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, scale.top), scale.colormap)
         bar = figure.add_axes((1 - 0.7 / size_x, 0.1, 0.15 / size_x, 0.7))
-        figure.colorbar(shown, bar, label=f"heat for {cam_class}, {unit}")
+        figure.colorbar(shown, bar, label=f"heat for {scale.cam_class}, {scale.unit}")
 
 
 def draw_explanation(
-    figure: Any, views: Sequence[ViewResult], heading: Sequence[str], cam_class: str, unit: str,
-    vmax: float, boxes: Sequence[Box | None] = (),
+    figure: Any, views: Sequence[ViewResult], heading: Sequence[str], scale: HeatScale,
+    boxes: Sequence[Box | None] = (),
 ) -> None:
     """Fill a figure with original | heatmap | overlay of each view, all on one scale.
 
@@ -3700,28 +3761,25 @@ def draw_explanation(
         figure: empty; its size is set.
         views: that could be read.
         heading: lines of the figure's title.
-        cam_class: the class that the heat speaks for.
-        unit: of the heat.
-        vmax: heat at the top of the scale.
+        scale: of the heat.
         boxes: the known lesion of each view, pixels of the original.
     """
     side = int(FIGURE_PIXELS / math.sqrt(3 * len(views)))
     tiles: list[tuple[Image.Image, str]] = []
     for view, lesion in itertools.zip_longest(views, boxes):
-        scale = side / max(view.pixels.shape)
-        pixels, heat = fit_pixels(view.pixels, side), fit_pixels(view.heatmap, side)
+        factor = side / max(view.pixels.shape)
+        pixels, heat, overlay = show_heat(view.pixels, view.cam, side, scale)
         original = Image.fromarray(pixels).convert("RGB")
-        overlay = blend_heat(pixels, heat, cam_class, vmax)
-        color = Image.fromarray(heat_colormap(cam_class)(heat / vmax, bytes=True))
+        color = Image.fromarray((255 * scale.colors(heat)).astype(np.uint8))
         if view.box:
-            outline_region(overlay, heat, tuple(round(scale * edge) for edge in view.box))
+            outline_region(overlay, heat, tuple(round(factor * edge) for edge in view.box))
         if lesion:
             for picture in (original, overlay):
-                box = [scale * edge for edge in lesion]
+                box = [factor * edge for edge in lesion]
                 ImageDraw.Draw(picture).rectangle(box, outline=LESION_COLOR, width=LINE_PIXELS)
         title = f"{printable(view.path.name)}: abnormal {percent(view.probability)}"
-        tiles += [(original, title), (color, f"heat: {cam_class}"), (overlay, "overlay")]
-    draw_tiles(figure, tiles, 3, "\n".join(map(printable, heading)), cam_class, unit, vmax)
+        tiles += [(original, title), (color, f"heat: {scale.cam_class}"), (overlay, "overlay")]
+    draw_tiles(figure, tiles, 3, "\n".join(map(printable, heading)), scale)
 
 
 def save_explanation(*explanation: Any, suffix: str = ".png", window: str = "") -> bytes:
@@ -3737,16 +3795,15 @@ def save_explanation(*explanation: Any, suffix: str = ".png", window: str = "") 
 
 
 def gallery_sheet(
-    tiles: Sequence[tuple[Any, Any, str]], heading: str, cam_class: str, unit: str, vmax: float
+    tiles: Sequence[tuple[Pixels, Array, str]], heading: str, scale: HeatScale
 ) -> bytes:
     """Return a PNG of overlays; a tile is a radiograph, its heat (both (H, W)) and a caption."""
     figure, side = new_figure(), FIGURE_PIXELS / math.sqrt(len(tiles))
     overlays = []
     for pixels, heat, caption in tiles:
-        pixels = fit_pixels(pixels, side)
-        heat = resize_map(heat, *pixels.shape)
-        overlays.append((blend_heat(pixels, heat, cam_class, vmax), caption))
-    draw_tiles(figure, overlays, 1, heading, cam_class, unit, vmax)
+        *_, overlay = show_heat(pixels, heat, side, scale)
+        overlays.append((overlay, caption))
+    draw_tiles(figure, overlays, 1, heading, scale)
     return save_figure(figure, dpi=DPI)
 
 
@@ -3831,7 +3888,6 @@ def show_windows() -> None:
 
 HEATMAP_ENDING = "_heatmap.png"  # of figures that --predict names by itself
 FIGURE_ROWS = 16  # views in a figure at most; MURA's studies have up to 13
-FAINT_HEAT = 4.0  # log odds, from 0.5 to 0.98: the colour scale reaches at least this far
 CAM_SIDE = 1024  # pixels: maps of larger images are kept at this size, and enlarged where wanted
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 SIGNS = {"abnormal": 1.0, "normal": -1.0}  # of a class in the logit
@@ -4027,9 +4083,9 @@ def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> No
         tiles = [(view.pixels, view.cam, tile_caption(images, row))
                  for study, row in zip(predictor.studies(inputs), rows, strict=True)
                  for view in study.readable]
-        scale, unit = heat_scale(cam for _, cam, _ in tiles), predictor.method.unit
+        scale = heat_scale(config.cam_class, predictor.method.unit, [cam for _, cam, _ in tiles])
         file = Path(config.figure or "", name)
-        atomic_write(file, gallery_sheet(tiles, title, config.cam_class, unit, scale))
+        atomic_write(file, gallery_sheet(tiles, title, scale))
         log(f"written: {file}")
 
 
@@ -4063,13 +4119,15 @@ class ViewResult:
     """One image: what was read and what the models answered, or why it failed."""
 
     path: Path
-    pixels: Pixels  # (H, W) of the original
+    pixels: Pixels = field(repr=False)  # (H, W) of the original
     probability: float = math.nan  # of abnormal, the mean of the models
-    cam: Any = None  # heatmap of the class explained, at most CAM_SIDE px a side; see CamMethod
+    # heatmap of the class explained, at most CAM_SIDE px a side; see CamMethod
+    cam: Any = field(default=None, repr=False)
     box: Box | None = None  # of the strongest region, in the original's pixels
     error: str = ""
     warnings: Sequence[str] = ()
-    squares: Sequence[Any] = ()  # (S, S): each model's input, then its map; empty at the end
+    # (S, S): each model's input, then its map; empty at the end
+    squares: Sequence[Any] = field(default=(), repr=False)
 
     @property
     def heatmap(self) -> Array:
@@ -4088,8 +4146,7 @@ class Study:
     views: Sequence[ViewResult] = ()
     probability: float = math.nan  # of abnormal, pooled from the readable views, if there are any
     threshold: float = 0.5
-    explained: str = ""  # class of the heatmaps
-    unit: str = ""  # of the heatmaps
+    scale: HeatScale | None = None  # of the heatmaps
 
     @property
     def readable(self) -> list[ViewResult]:
@@ -4120,21 +4177,15 @@ class Study:
 
     @property
     def explanation(self) -> tuple[Any, ...]:
-        """Views, lines of the heading, class, unit and scale of its figure."""
+        """Views, lines of the heading, and the scale of its figure."""
         heading = ["/".join(self.path.parts[-4:]), f"{self.summary} - {RESEARCH_ONLY}"]
-        scale = heat_scale(view.cam for view in self.readable)
-        return self.readable[:FIGURE_ROWS], heading, self.explained, self.unit, scale
+        return self.readable[:FIGURE_ROWS], heading, self.scale
 
     def figure(self) -> Any:
         """Return a matplotlib figure with original | heatmap | overlay of each view."""
         figure = new_figure()
         draw_explanation(figure, *self.explanation)
         return figure
-
-
-def heat_scale(heatmaps: Iterable[Array]) -> float:
-    """Return the top of the colour scale, so that faint heat stays faint."""
-    return max([FAINT_HEAT, *(float(heatmap.max()) for heatmap in heatmaps)])
 
 
 def percent(probability: float) -> str:
@@ -4160,8 +4211,9 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
 def search_folder(top: Path) -> list[Study]:
     """Return the images and studies in a folder, judged by their content.
 
-    A folder named study1, study1_positive, ... is a study, and so are the DICOM files of one
-    StudyInstanceUID; any other image stands for itself. What is left out is counted.
+    A folder named study1, study1_positive, ... is a study (several, where its DICOM files have
+    several StudyInstanceUIDs), and so are the DICOM files elsewhere of one StudyInstanceUID; any
+    other image stands for itself. What is left out is counted.
     """
     closed: list[OSError] = []
     skipped: list[str] = []
@@ -4171,12 +4223,12 @@ def search_folder(top: Path) -> list[Study]:
         if not header or is_own_figure(path):
             skipped.append(path.name)
         else:
-            name = os.path.basename(os.path.realpath(folder))
+            name, uid = os.path.basename(os.path.realpath(folder)), header.study_uid
             is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
-            uid, place = ("", folder) if is_study else (header.study_uid, path)
-            study = found.setdefault(uid or place, Study(place, uid=uid))
+            key, place = ((folder, uid), folder) if is_study else (uid or path, path)
+            study = found.setdefault(key, Study(place, uid=uid))
             study.files.append(path)
-            if uid and len(study.files) > 1:
+            if not is_study and len(study.files) > 1:
                 study.path = Path(os.path.commonpath([file.parent for file in study.files]))
     if skipped:
         warn(f"{top}: {len(skipped)} files are no images and are left out, such as {skipped[0]}")
@@ -4221,13 +4273,16 @@ class Predictor:
         """Return the result of an image, or of a folder whose images are one study.
 
         Raises:
-            UserError: nothing in it can be read.
+            UserError: nothing in it can be read, or its DICOM files are of several studies.
         """
-        files = [path := Path(path)]
-        if path.is_dir():
-            names = [path / name for name in file_names(path)]
-            files = [file for file in names if read_header(file) and not is_own_figure(file)]
-        (study,) = self.studies([Study(path, files)])
+        path = Path(path)
+        names = [path / name for name in file_names(path)] if path.is_dir() else [path]
+        headers = {file: read_header(file) for file in names if not is_own_figure(file)}
+        files = [file for file, header in headers.items() if header or file == path]
+        uids = {header.study_uid for header in headers.values() if header} - {""}
+        if len(uids) > 1:
+            raise UserError(f"{path}: holds files of several studies; put each into its own folder")
+        (study,) = self.studies([Study(path, files, uid="".join(uids))])
         if not study.label:
             raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
         return study
@@ -4284,12 +4339,13 @@ class Predictor:
         if len(each):
             pooled = pool_views(each, np.zeros(len(each)), self.ensemble.study_temperature)
             study.probability = float(pooled[0])
-        study.threshold, study.unit = self.threshold, self.method.unit
-        study.explained = self.config.cam_class
-        if study.explained == "predicted":
-            study.explained = study.label
+        study.threshold, explained = self.threshold, self.config.cam_class
+        if explained == "predicted":
+            explained = study.label
         for view in study.readable:
-            self.explain(view, SIGNS[study.explained])
+            self.explain(view, SIGNS[explained])
+        heatmaps = [view.cam for view in study.readable]
+        study.scale = heat_scale(explained, self.method.unit, heatmaps)
         errors = [f"{view.path.name}: {view.error}" for view in study.views if view.error]
         if errors:
             study.error = "; ".join(errors) if len(study.views) > 1 else study.views[0].error
@@ -4329,9 +4385,18 @@ def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
     figures = figure_files(config.figure, inputs)
-    targets = {"output": [config.output], "save-cam": [config.save_cam], "figure": figures}
+    targets = {"output": [config.output], "save-cam": [config.save_cam]}
     require_targets(config, targets, inputs)
-    predictor, show = load_predictor(config), can_show(config.no_show)
+    try:
+        require_targets(config, {"figure": figures}, inputs)
+    except UserError as error:
+        if config.figure:
+            raise
+        warn(f"{error}; the figure is not saved")
+        figures = [None]
+    predictor = load_predictor(config)
+    draw = config.figure or len(inputs) == 1
+    show = draw and can_show(config.no_show)
     warn(RESEARCH_ONLY)
     rows: list[Content] = []
     output_due = time.monotonic() + 1
@@ -4343,7 +4408,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
                 print_result(study, rows[-1].get("probability_at_prevalence"))
                 if archive and config.save_cam:
                     save_maps(archive, study, config.save_cam)
-                if figure and study.label:
+                if study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
                 signals.check()
@@ -4499,14 +4564,20 @@ def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
             raise unwritable(path, error) from error
 
 
-def explain_result(study: Study, file: Path, *, show: bool, lesion: Box | None = None) -> None:
-    """Save original | heatmap | overlay of an input, a row a view."""
-    window = study.path.name if show else ""
-    content = save_explanation(*study.explanation, [lesion], suffix=file.suffix, window=window)
-    atomic_write(file, content)
-    count = len(study.readable)
-    rest = f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""
-    log(f"    figure: {file}{rest}")
+def explain_result(
+    study: Study, file: Path | None, *, show: bool, lesion: Box | None = None
+) -> None:
+    """Draw original | heatmap | overlay of an input, a row a view: a file, a window or both."""
+    if not (file or show):
+        return
+    content = save_explanation(
+        *study.explanation, [lesion], suffix=file.suffix if file else ".png",
+        window=study.path.name if show else "")
+    if file:
+        atomic_write(file, content)
+        count = len(study.readable)
+        rest = f" (the first {FIGURE_ROWS} of {count} views)" if count > FIGURE_ROWS else ""
+        log(f"    figure: {file}{rest}")
 
 
 # ---- export ----
@@ -4589,6 +4660,11 @@ def export_command(config: Config, signals: StopSignals) -> int:
 # ---- commands on data sets ----
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command that starts this program with these arguments, for a shell."""
+    return shlex.join(["python", sys.argv[0], *arguments])
+
+
 def start(config: Config) -> tuple[DevicePrecision, Distributed]:
     """Choose the device, and join the other processes of a torchrun job."""
     distributed = Distributed()
@@ -4665,7 +4741,7 @@ def train_command(config: Config, signals: StopSignals) -> int:
         model, state = config.checkpoint[0], trainer.state
         log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val "
             f"{config.select})")
-        log(f"next: python {PROGRAM}.py --predict IMAGE --checkpoint {shlex.quote(str(model))}")
+        log(f"next: {command_line(['--predict', 'IMAGE', '--checkpoint', str(model)])}")
     return EXIT_DONE
 
 
@@ -5042,7 +5118,8 @@ def demo_command(config: Config, signals: StopSignals) -> int:
 
 
 def load(
-    *checkpoints: str | Path, device: str = "auto", threshold: float | None = None
+    *checkpoints: str | Path, device: str = "auto", precision: str = "auto",
+    threshold: float | None = None,
 ) -> Predictor:
     """Return trained models, ready to predict; several are an ensemble.
 
@@ -5054,10 +5131,13 @@ def load(
     Args:
         checkpoints: files that training wrote; UserError where one cannot be loaded.
         device: as --device.
+        precision: as --precision.
         threshold: abnormal above this probability (default: the models').
     """
     paths = tuple(map(Path, checkpoints))
-    return load_predictor(Config(checkpoint=paths, device=device, threshold=threshold))
+    config = Config(
+        checkpoint=paths, device=device, precision=precision, threshold=threshold)
+    return load_predictor(config)
 
 
 def main(config: Config) -> int:
@@ -5095,10 +5175,12 @@ def how_to_go_on(config: Config) -> str:
     state = config.file(".last.pth")
     if config.mode != "T" or not state.exists():
         return ""
-    words = ["python", f"{PROGRAM}.py", *config.command]
+    words = list(config.command)
     if not config.resume:
         words = [word for word in words if word != "--overwrite"] + ["--resume"]
-    return f"; the state is in {state}; to go on: {shlex.join(words)}"
+    if is_distributed():
+        return f"; the state is in {state}; to go on: the same torchrun command with --resume"
+    return f"; the state is in {state}; to go on: {command_line(words)}"
 
 
 def describe_error(error: Exception, config: Config) -> str:
@@ -5119,6 +5201,9 @@ def run_as_script(config: Config) -> int:
     streams: list[Any] = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            if isinstance(stream.buffer, io.RawIOBase):  # unbuffered: a full pipe raises nothing
+                stream = open(  # noqa: SIM115
+                    stream.fileno(), "w", encoding=stream.encoding, closefd=False)
             stream.reconfigure(errors="backslashreplace")  # names that the encoding lacks
         streams.append(SafeStream(stream))
     sys.stdout, sys.stderr = streams

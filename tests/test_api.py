@@ -136,7 +136,7 @@ def test_the_api_answers_as_the_evaluation(small: Path, phantoms: Path, study: P
     """Whose batches are others: sums of floats may differ in their last digits."""
     rows = rows_of(small.with_name("small.test.csv"))
     table = {row["path"]: float(row["probability"]) for row in rows}
-    result = mura.load(small, device="cpu").predict(study)
+    result = mura.load(small, device="cpu", precision="fp32").predict(study)
     for view in result.views:
         name = view.path.relative_to(phantoms).as_posix()
         assert view.probability == pytest.approx(table[name], abs=1e-5)
@@ -167,6 +167,12 @@ def test_any_folder_given_to_the_api_is_one_study(small: Path, study: Path, tmp_
     picture = mura.save_explanation(*expected.explanation)  # as --predict saves it beside an image
     (folder / "image1_heatmap.png").write_bytes(picture)
     assert model.predict(folder).probability == expected.probability
+
+
+def test_a_result_prints_without_its_pixels(small: Path, study: Path) -> None:
+    text = repr(mura.load(small, device="cpu").predict(study))
+    assert "probability=" in text and "image1.png" in text
+    assert "array" not in text and len(text) < 2000
 
 
 def test_errors_of_the_api_name_the_file(small: Path, tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ for module in ("matplotlib", "pydicom", "onnx", "sklearn"):
 added = [f for f in warnings.filters if f not in filters]
 for name in ("__main__", "numpy", "torch.nn", "mylibrary", "sklearn"):
     assert not any(f[3] is None or f[3].match(name) for f in added), added
-model = mura.load(sys.argv[0] and MODEL)
+model = mura.load(sys.argv[0] and MODEL, precision="fp32")
 result = model.predict(IMAGE)
 result.figure()
 assert {**state(), "count": 0} == {**before, "count": 0}, (before, state())
@@ -292,6 +298,26 @@ def test_a_run_in_rough_surroundings_ends_with_3_and_leaves_its_files(
     assert matplotlib.image.imread(figure).ndim == 3
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_pipe_shows_in_the_exit_code(
+    unbuffered: str, trained: Path, study: Path, here: Path
+) -> None:
+    """Also where Python writes past its buffer, and a part would be lost without an error."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    asked = ["--predict", study, "--checkpoint", trained, "--device", "cpu", "--output", "r.json"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, asked)], stdout=writer, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, timeout=300, check=False)
+    os.close(reader)
+    os.close(writer)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert json.loads(Path("r.json").read_text())[0]["prediction"]
+
+
 @pytest.mark.parametrize(("stream", "code"), [("full", 1), ("unread", 0)])
 def test_output_that_cannot_be_written_does_not_end_the_work(
     stream: str, code: int, small: Path, study: Path, here: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,6 +349,8 @@ def test_an_interrupt_saves_the_state(phantoms: Path, here: Path) -> None:
                             "Ctrl-C again stops at once")
     assert last.startswith(
         "mura_anomaly_detection: stopped by SIGINT; the state is in m.v2.last.pth; ")
+    words = shlex.split(last.partition("; to go on: ")[2])
+    assert words == ["python", str(SCRIPT), *map(str, command), "--resume"]
     assert Path("m.v2.last.pth").is_file() and Path("m.v2.pth").is_file()
     assert not Path("m.v2.lock").exists()
 
@@ -373,7 +401,7 @@ def test_a_stopped_run_names_the_command_that_goes_on(
     state = Path("my runs/m.last.pth")
     assert line.startswith(f"mura_anomaly_detection: stopped by SIGTERM; the state is in {state}; ")
     program, script, *words = shlex.split(line.partition("; to go on: ")[2])
-    assert (program, script) == ("python", "mura_anomaly_detection.py")
+    assert (program, script) == ("python", sys.argv[0])
     done = len(rows_of(history))
     assert run_until_terminated(words) == 143
     out, err = capsys.readouterr()

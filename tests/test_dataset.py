@@ -1158,8 +1158,10 @@ def test_a_damaged_header_is_found_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 @pytest.mark.parametrize("kept", [None, 0, 5, 100, 0.5, -2])
 def test_a_cache_that_is_absent_or_cut_short_is_made_anew(
-    suffix: str, kept: float | None, root: Path, decodings: list[Path]
+    suffix: str, kept: float | None, root: Path, decodings: list[Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Damage is told; a file that is missing is what a killed run leaves."""
     file = decoded(root, ["HAND"])[0].path.with_suffix(suffix)
     content = file.read_bytes()
     if kept is None:
@@ -1167,7 +1169,10 @@ def test_a_cache_that_is_absent_or_cut_short_is_made_anew(
     else:
         file.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     decodings.clear()
+    capsys.readouterr()
     require_right(mura.MuraDataset(decoded(root, ["HAND"])))
+    told = f"{file.with_suffix('.npy')}: it or its .json is damaged" in capsys.readouterr().err
+    assert told == (kept is not None)
     assert len(decodings) == 8
     assert file.read_bytes() == content
 
@@ -1524,6 +1529,8 @@ def test_from_folder_takes_the_flags_of_the_command_line(root: Path) -> None:
     assert not pixels[:, :12].any()  # 40 x 30 images: black above and below
     assert pixels[:, 48].all(axis=1).any()
     assert len(mura.MuraDataset.from_folder(root, "valid", size=SIZE)) == 1
+    one = mura.MuraDataset.from_folder(root, tasks="KNEE", size=SIZE)
+    assert {record.body_part for record in one.records} == {"XR_KNEE"}
     with pytest.raises(mura.UserError, match="--tasks HIP"):
         mura.MuraDataset.from_folder(root, tasks=["HIP"])
 

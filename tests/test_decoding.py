@@ -1437,7 +1437,13 @@ def test_dicom_that_is_refused(tmp_path):
     refused = {
         "several frames": dicom(two, NumberOfFrames=2),
         "megapixels": dicom(VALUES, Rows=20_000, Columns=20_000),
-        "damaged": dicom(VALUES, Rows=9),
+        "cut short: 128 of 144 bytes": dicom(VALUES, Rows=9),
+        "Rows is missing or 0": dicom(VALUES, Rows=0),
+        "Columns is missing or 0": dicom(VALUES, Columns=0),
+        "BitsAllocated is missing or 0": dicom(VALUES, BitsAllocated=0),
+        "a side of more than 65535": png(np.zeros((65_536, 1), np.uint8)),
+        "do not say where the pixels are": tiff(VALUES).replace(
+            struct.pack("<HH", 273, 4), struct.pack("<HH", 65_000, 4)),
         "more than 16 bits": dicom(VALUES.astype(np.uint32)),
     }
     header = pydicom.dcmread(io.BytesIO(dicom(VALUES)))
@@ -1447,6 +1453,31 @@ def test_dicom_that_is_refused(tmp_path):
     refused["without an image"] = buffer.getvalue()
     for why, data in refused.items():
         assert why in reason_of(tmp_path, data, "a.dcm")
+
+
+@pytest.mark.parametrize("name", [
+    "BitsStored", "HighBit", "SamplesPerPixel", "PixelRepresentation", "PhotometricInterpretation"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_attributes_that_are_missing_have_their_usual_value(tmp_path, name, empty):
+    """What the rest of the file says is enough; a polarity that is not known is told."""
+    import pydicom
+
+    header = pydicom.dcmread(io.BytesIO(dicom(VALUES)))
+    setattr(header, name, None)
+    if not empty:
+        delattr(header, name)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, header)
+    found = radiograph(tmp_path, buffer.getvalue(), "a.dcm")
+    assert close(found.pixels, stretched(VALUES))
+    told = ("PhotometricInterpretation is missing: perhaps a negative",)
+    assert found.warnings == (told if name == "PhotometricInterpretation" else ())
+
+
+def test_a_slope_of_zero_is_no_slope(tmp_path):
+    """It would make all pixels alike."""
+    data = dicom(VALUES, RescaleSlope=0, RescaleIntercept=7)
+    assert close(read(tmp_path, data, "a.dcm"), stretched(VALUES))
 
 
 def test_what_a_decoder_returns_or_raises_is_a_reason(tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ def test_the_other_architecture_is_named(name: str, form: str) -> None:
     content = FORMS[form](torchvision_network(other).state_dict())
     line = refusal(mura.load_backbone, receiver(name), content, "some.pth")
     assert line.startswith(f"--weights some.pth: does not fit {name} (")
-    assert f"it looks like a {other}; {REMEDY}" in line and "numbered" not in line
+    assert f"it looks like a {other}: add --model {other}" in line and "numbered" not in line
 
 
 def drop_one(state: Weights, key: str) -> Weights:
@@ -785,7 +785,7 @@ def test_gradcam_is_in_logits(name: str, network: Any) -> None:
 def test_a_batch_gives_what_single_images_give(name: str, network: Any) -> None:
     images = draw_images(3)
     alone = torch.cat([cam(network, FINE, images=images[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(cam_of(name, FINE), alone, atol=3e-3, rtol=0)
+    torch.testing.assert_close(cam_of(name, FINE), alone, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("method", [FINE, GRADCAM], ids=["fine", "gradcam"])

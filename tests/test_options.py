@@ -500,6 +500,8 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
     ("--data-dir d --evaluate --cam gradcam", "draws its heatmaps into the folder of --figure"),
     ("--data-dir d --evaluate --figure f.png", "name a folder"),
     ("--export f.onnx --checkpoint a.pth b.pth", "--export takes one --checkpoint"),
+    ("--data-dir d --evaluate --checkpoint a.pth b.pth a.pth", "names a model twice"),
+    ("--predict a.png --checkpoint a.pth --checkpoint a.pth", "names a model twice"),
     ("--export f.tflite", "--export f.tflite: the name must end in .onnx or .pt2"),
     ("--predict a.png --output o.txt", "--output o.txt: the name must end in .csv or .json"),
     ("--predict a.png --save-cam o.npy", "--save-cam o.npy: the name must end in .npz"),

@@ -23,7 +23,7 @@ from PIL import Image
 
 import mura_anomaly_detection as mura
 
-SCALE = ("abnormal", "logits", 8.0)  # class, unit, heat at the top
+SCALE = mura.HeatScale("abnormal", "logits", 8.0)
 CYAN, GREEN = (0, 255, 255), (124, 252, 0)
 AWKWARD = [
     "cost$5$.png",
@@ -74,7 +74,7 @@ def panels(
 ) -> list[list[np.ndarray]]:
     """Draw views; returns original, heatmap and overlay (H, W, 3) of each."""
     figure = Figure()
-    mura.draw_explanation(figure, views, ["study1"], *scale, lesions)
+    mura.draw_explanation(figure, views, ["study1"], scale, lesions)
     pictures = [
         np.asarray(image.get_array())[..., :3].astype(int) for image in figure.axes[0].images
     ]
@@ -90,7 +90,7 @@ def painted(picture: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
 def test_without_heat_the_overlay_is_the_radiograph() -> None:
     grey = np.random.default_rng(0).integers(0, 256, (200, 300))
     for cam_class in mura.CLASSES:
-        ((original, _, overlay),) = panels(make_view(0, grey), scale=(cam_class, "logits", 8.0))
+        ((original, _, overlay),) = panels(make_view(0, grey), scale=mura.HeatScale(cam_class, "logits", 8.0))
         assert np.ptp(original) > 150
         assert (overlay == original).all()
 
@@ -108,7 +108,7 @@ def test_heat_shows_on_dark_and_on_white_bone(cam_class: str) -> None:
     """Its colours differ from the bone's grey, and are colours: no white, no grey."""
     cases = [(grey, level) for grey in (255, 230, 128, 0) for level in (0.5, 0.75, 1.0, 3.0)]
     views = [make_view(left_half(8 * level), grey) for grey, level in cases]
-    drawn = panels(*views, scale=(cam_class, "logits", 8.0))
+    drawn = panels(*views, scale=mura.HeatScale(cam_class, "logits", 8.0))
     for (grey, _), (_, _, overlay) in zip(cases, drawn, strict=True):
         hot = overlay[50, 10]
         assert np.abs(hot - grey).max() >= 50
@@ -129,7 +129,7 @@ def test_lightness_rises_with_heat() -> None:
     """A rainbow would make bands; a step up in heat is a step up in lightness, for both classes."""
     ramp = np.broadcast_to(np.linspace(0, 8, 300, dtype=np.float32), (200, 300))
     for cam_class in mura.CLASSES:
-        ((_, colors, _),) = panels(make_view(ramp), scale=(cam_class, "logits", 8.0))
+        ((_, colors, _),) = panels(make_view(ramp), scale=mura.HeatScale(cam_class, "logits", 8.0))
         lightness = colors[100] @ (0.2126, 0.7152, 0.0722)
         assert (np.diff(lightness) >= -1.5).all()
         assert lightness[-1] - lightness[0] > 100
@@ -150,7 +150,7 @@ def test_heat_for_normal_cannot_be_read_as_heat_for_abnormal() -> None:
         ("abnormal", 0, 2),
         ("normal", 2, 0),
     ):  # red above blue; blue above red
-        for _, *colored in panels(make_view(4), make_view(8), scale=(cam_class, "logits", 8.0)):
+        for _, *colored in panels(make_view(4), make_view(8), scale=mura.HeatScale(cam_class, "logits", 8.0)):
             for picture in colored:
                 assert picture[100, 100, strong] > picture[100, 100, weak] + 30
 
@@ -158,7 +158,8 @@ def test_heat_for_normal_cannot_be_read_as_heat_for_abnormal() -> None:
 def test_the_figure_says_which_class_unit_and_scale() -> None:
     for cam_class in mura.CLASSES:
         figure = Figure()
-        mura.draw_explanation(figure, [make_view(1)], ["study1"], cam_class, "some unit", 5.0)
+        scale = mura.HeatScale(cam_class, "some unit", 5.0)
+        mura.draw_explanation(figure, [make_view(1)], ["study1"], scale)
         titles = [text.get_text() for text in figure.axes[0].texts]
         assert titles == ["image1.png: abnormal 75.0%", f"heat: {cam_class}", "overlay"]
         bar = figure.axes[1]
@@ -216,7 +217,7 @@ def test_any_study_fits_a_screen(count: int, shape: tuple[int, int]) -> None:
     """1920 x 1080 pixels less a bar; large pictures, none over another or outside."""
     figure = Figure()
     mura.draw_explanation(
-        figure, [make_view(1, shape=shape)] * count, ["study1", "abnormal"], *SCALE
+        figure, [make_view(1, shape=shape)] * count, ["study1", "abnormal"], SCALE
     )
     width, height = figure.get_size_inches() * mura.DPI
     assert width <= 1920
@@ -261,7 +262,7 @@ def test_reduced_pixels_are_averaged_not_picked() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (2, 3)])
 def test_any_shape_can_be_drawn(shape: tuple[int, int]) -> None:
     view = make_view(3, shape=shape, box=(0, 0, shape[1], shape[0]))
-    content = mura.save_explanation([view], ["x"], *SCALE)
+    content = mura.save_explanation([view], ["x"], SCALE)
     assert Image.open(io.BytesIO(content)).format == "PNG"
 
 
@@ -269,7 +270,7 @@ def test_names_are_data() -> None:
     """A dollar is no formula, a newline no new line, bytes that are no text cost no picture."""
     for name in [*AWKWARD, "x" * 300, "腕の骨.png"]:
         figure = Figure()
-        mura.draw_explanation(figure, [make_view(1, name=name)], [name, "abnormal"], *SCALE)
+        mura.draw_explanation(figure, [make_view(1, name=name)], [name, "abnormal"], SCALE)
         heading, verdict = figure.get_suptitle().split("\n")
         title = figure.axes[0].texts[0]
         assert verdict == "abnormal"
@@ -286,7 +287,7 @@ def test_drawing_warns_of_nothing() -> None:
     views = [make_view(left_half(3.0), name=name) for name in (*AWKWARD, "腕の骨.png")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mura.save_explanation(views, ["Röntgen 腕の骨"], *SCALE)
+        mura.save_explanation(views, ["Röntgen 腕の骨"], SCALE)
 
 
 @pytest.mark.parametrize(
@@ -300,12 +301,12 @@ def test_drawing_warns_of_nothing() -> None:
     ],
 )
 def test_the_suffix_decides_the_format(suffix: str, start: bytes) -> None:
-    assert mura.save_explanation([make_view(2)], ["x"], *SCALE, suffix=suffix).startswith(start)
+    assert mura.save_explanation([make_view(2)], ["x"], SCALE, suffix=suffix).startswith(start)
 
 
 def test_settings_of_matplotlib_are_left_alone(saved: list[Figure]) -> None:
     before = dict(mpl.rcParams)
-    mura.save_explanation([make_view(1)], ["x"], *SCALE)
+    mura.save_explanation([make_view(1)], ["x"], SCALE)
     mura.plot_history(history(train_loss=[1.0]), 1)
     mura.plot_report(*evaluated(cohort(8)))
     assert dict(mpl.rcParams) == before
@@ -396,7 +397,7 @@ def test_gallery_captions_say_which_image_its_label_and_probability() -> None:
 def test_gallery_sheet_shows_each_tile_with_its_caption(count: int, saved: list[Figure]) -> None:
     grey, heat = np.full((300, 200), 90, np.uint8), left_half(8.0, (300, 200))
     tiles = [(grey, heat * (i % 2), f"image{i}.png\nnormal") for i in range(count)]
-    mura.gallery_sheet(tiles, "Least certain", *SCALE)
+    mura.gallery_sheet(tiles, "Least certain", SCALE)
     axes = saved[0].axes[0]
     assert [text.get_text() for text in axes.texts] == [caption for *_, caption in tiles]
     assert len(axes.images) == count
@@ -412,7 +413,7 @@ def test_gallery_sheet_shows_each_tile_with_its_caption(count: int, saved: list[
 
 def test_gallery_sheet_is_a_png() -> None:
     content = mura.gallery_sheet(
-        [(np.zeros((9, 9), np.uint8), np.ones((9, 9)), "a$b\n\udcff")], "x", *SCALE
+        [(np.zeros((9, 9), np.uint8), np.ones((9, 9)), "a$b\n\udcff")], "x", SCALE
     )
     assert Image.open(io.BytesIO(content)).format == "PNG"
 
@@ -817,8 +818,8 @@ def test_a_window_is_kept_open_and_has_the_inputs_name(monkeypatch: pytest.Monke
         FigureManagerBase, "set_window_title", lambda _, title: titles.append(title)
     )
     pyplot.close("all")
-    mura.save_explanation([make_view(2)], ["x"], *SCALE, window="study1\n")
-    assert mura.save_explanation([make_view(2)], ["x"], *SCALE).startswith(b"\x89PNG")
+    mura.save_explanation([make_view(2)], ["x"], SCALE, window="study1\n")
+    assert mura.save_explanation([make_view(2)], ["x"], SCALE).startswith(b"\x89PNG")
     assert len(pyplot.get_fignums()) == 1
     assert titles[-1] == "study1\\n"
     pyplot.close("all")
@@ -859,7 +860,7 @@ sys.stdout.isatty = lambda: True
 assert mura.can_show(False)
 grey, heat = np.zeros((60, 40), np.uint8), np.ones((60, 40), np.float32)
 view = mura.ViewResult(Path("image1.png"), grey, 0.5, heat)
-mura.save_explanation([view], ["study1"], "abnormal", "logits", 4.0, window="study1")
+mura.save_explanation([view], ["study1"], mura.HeatScale("abnormal", "logits", 4.0), window="study1")
 pyplot.show(block=False)
 window = pyplot.gcf().canvas.manager.window
 window.update()

@@ -677,7 +677,7 @@ def test_training_says_what_is_best_and_what_comes_next(
     assert "no valid/" in printed.err and not model.with_name("m.report.json").exists()
     best, following = printed.out.splitlines()[-2:]
     assert best == f"best model: {model} (epoch 1 of 1, by val accuracy)"
-    assert following.endswith(f".py --predict IMAGE --checkpoint '{model}'")
+    assert following == f"next: python {sys.argv[0]} --predict IMAGE --checkpoint '{model}'"
 
 
 def test_a_table_of_labels_is_trained_on(phantoms: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -934,6 +934,25 @@ def test_a_cd_of_dicom_files_without_suffix_is_grouped_by_examination(
     assert {row["study_uid"] for row in read_rows(Path("r.csv"))} == {"1.2.3.1", "1.2.3.2", ""}
     assert ask(cd / "DICOM/S0/IM9", "--output", "one.csv") == 0
     assert read_rows(Path("one.csv"))[0]["study_uid"] == "1.2.3.2", "also of a file that is named"
+
+
+def test_a_study_folder_of_two_examinations_is_two_studies(
+    ask: Ask, image: Path, pair: list[Path], tmp_path: Path, capsys: Captured
+) -> None:
+    """The folder's name says one, its files' StudyInstanceUIDs say two; the API answers for one."""
+    pixels, folder = np.asarray(Image.open(image)), tmp_path / "study1"
+    for name, uid in (("a", "1.2.3.1"), ("b", "1.2.3.2"), ("c", "1.2.3.1")):
+        write_dicom(folder / name, pixels, uid, "FOREARM")
+    assert ask(folder, "--output", "r.json") == 0
+    rows = read_json("r.json")
+    assert [(row["path"], row["study_uid"]) for row in rows] == [
+        (str(folder), "1.2.3.1"), (str(folder), "1.2.3.2")]
+    assert [[Path(view["path"]).name for view in row["views"]] for row in rows] == [["a", "c"], ["b"]]
+    model = mura.load(pair[0], device="cpu")
+    with pytest.raises(mura.UserError, match="study1: holds files of several studies"):
+        model.predict(folder)
+    (folder / "b").unlink()
+    assert model.predict(folder).uid == "1.2.3.1"
 
 
 # ---- what --predict answers ----
@@ -1318,6 +1337,25 @@ def test_foreign_files_are_not_replaced_but_own_ones_are(
     assert Path(name).read_bytes() == foreign != own
     assert ask(image, flag, name, "--overwrite") == mura.EXIT_DONE
     assert Path(name).read_bytes() != foreign
+
+
+@pytest.mark.parametrize("obstacle", ["foreign file", "folder"])
+def test_a_default_figure_that_cannot_be_written_is_left_out(
+    obstacle: str, ask: Ask, image: Path, capsys: Captured
+) -> None:
+    """Nobody asked for it: the answer comes, and one line says what is missing."""
+    figure = Path(f"{image.stem}_heatmap.png")
+    if obstacle == "folder":
+        figure.mkdir()
+    else:
+        shutil.copy(image, figure)
+    assert ask(image, "--output", "r.json") == 0
+    printed = capsys.readouterr()
+    assert f"{figure}: is there and not a file of this program" in printed.err or (
+        f"{figure}: cannot be written" in printed.err)
+    assert "the figure is not saved" in printed.err and "figure:" not in printed.out
+    assert read_json("r.json")[0]["prediction"]
+    assert figure.is_dir() or figure.read_bytes() == image.read_bytes()
 
 
 def test_a_foreign_file_in_the_folder_of_figures_is_not_replaced(
