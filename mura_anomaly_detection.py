@@ -3811,7 +3811,7 @@ def tile_caption(images: Predictions, row: int) -> str:
     """Return what stands above an image of the gallery: end of its path, label, probability."""
     tail = "/".join(images.path[row].split("/")[-3:])
     label = CLASSES[images.label[row]]
-    return f"{printable(tail)}\nlabel {label}, abnormal {percent(images.probability[row])}"
+    return f"{printable(tail)}\nlabel {label}, p {percent(images.probability[row])}"
 
 
 GALLERY = {  # name and heading of each group's sheets, of which there are at most two
@@ -3837,7 +3837,8 @@ def gallery_pages(images: Predictions, threshold: float) -> Iterator[tuple[str, 
         for start in range(0, min(len(rows), 2 * SHEET_TILES), SHEET_TILES):
             page = start // SHEET_TILES + 1
             chosen = rows[start : start + SHEET_TILES]
-            yield f"{name}_{page}.png", f"{GALLERY[name]} ({page})", chosen
+            heading = f"{GALLERY[name]} ({page}); p: probability of abnormal"
+            yield f"{name}_{page}.png", heading, chosen
 
 
 # ----- windows
@@ -4384,17 +4385,9 @@ def load_predictor(config: Config) -> Predictor:
 def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
-    figures = figure_files(config.figure, inputs)
     targets = {"output": [config.output], "save-cam": [config.save_cam]}
     require_targets(config, targets, inputs)
-    try:
-        require_targets(config, {"figure": figures}, inputs)
-    except UserError as error:
-        if config.figure:
-            raise
-        warn(f"{error}; the figure is not saved")
-        figures = [None]
-    predictor = load_predictor(config)
+    figures, predictor = figure_files(config, inputs), load_predictor(config)
     draw = config.figure or len(inputs) == 1
     show = draw and can_show(config.no_show)
     warn(RESEARCH_ONLY)
@@ -4424,22 +4417,34 @@ def predict_command(config: Config, signals: StopSignals) -> int:
     return EXIT_SOME_FAILED if any(row["prediction"] for row in rows) else EXIT_FAILED
 
 
-def figure_files(figure: Path | None, inputs: Sequence[Study]) -> list[Path | None]:
+def figure_files(config: Config, inputs: Sequence[Study]) -> list[Path | None]:
     """Return the file of each input's figure; None for several inputs without --figure.
 
+    Nor is there one where the default figure of one input cannot be written, which is told.
+
     Raises:
-        UserError: one picture is named for several inputs.
+        UserError: one picture is named for several inputs, or as of `require_targets`.
     """
     # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
     stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
     names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
+    figure, files = config.figure, [Path(config.figure or "", name) for name in names]
     if figure and figure.suffix.lower() in FIGURE_SUFFIXES:
         if len(inputs) > 1:
             raise UserError(f"--figure {figure}: name a folder for several inputs")
-        return [figure]
-    if len(inputs) == 1:
-        return [Path(figure or "", *names)]
-    return [figure and figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
+        files = [figure]
+    elif len(inputs) > 1:
+        if not figure:
+            return [None] * len(inputs)
+        files = [figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
+    try:
+        require_targets(config, {"figure": files}, inputs)
+    except UserError as error:
+        if figure:
+            raise
+        warn(f"{error}; the figure is not saved")
+        return [None]
+    return list(files)
 
 
 def require_targets(

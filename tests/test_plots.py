@@ -388,9 +388,9 @@ def test_gallery_captions_say_which_image_its_label_and_probability() -> None:
     images = predictions([1, 0], [0.034, 0.9999])
     assert mura.tile_caption(images, 0).split("\n") == [
         "patient00000/study1_x/image1.png",
-        "label abnormal, abnormal 3.4%",
+        "label abnormal, p 3.4%",
     ]
-    assert mura.tile_caption(images, 1).endswith("label normal, abnormal above 99.9%")
+    assert mura.tile_caption(images, 1).endswith("label normal, p above 99.9%")
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])

@@ -517,7 +517,7 @@ def test_the_gallery_is_worst_first_with_heatmaps(
             where, numbers = caption.split("\n")
             (row,) = [row for path, row in images.items() if path.endswith(where)]
             probability = float(row["probability"])
-            assert numbers == (f"label {mura.CLASSES[int(row['label'])]}, abnormal "
+            assert numbers == (f"label {mura.CLASSES[int(row['label'])]}, p "
                                f"{mura.percent(probability)}")
             assert (heat.max() > 0) == (probability > 0.45)
             seen[heading.rpartition(" (")[0]].append((int(row["label"]), probability))
