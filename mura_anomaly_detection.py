@@ -2217,29 +2217,35 @@ def auto_precision(device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_amx else "fp32"  # slower without AMX: measured
 
 
-CamRule = Callable[[Tensor, Tensor], Tensor]  # activations, gradients (B, C, h, w): (B, h, w) >= 0
+CamRule = Callable[[Tensor, Tensor], Tensor]  # activations, gradients (B, C, h, w): (B, h, w)
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Return relu(sum over channels of mean gradient x activation), times h w (arXiv 1610.02391).
+    """Return the sum over channels of mean gradient x activation, times h w (arXiv 1610.02391).
 
-    Times h w its unit is that of the logit: without relu, its mean is the logit less the bias.
+    Times h w its unit is that of the logit: its mean is the logit less the bias. Not clipped yet.
     """
-    return (gradients.sum((2, 3), keepdim=True) * activations).sum(1).relu()
+    return (gradients.sum((2, 3), keepdim=True) * activations).sum(1)
 
 
-def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Return relu(sum over channels of relu(gradient) x activation) (10.1109/TIP.2021.3089943)."""
-    return (gradients.relu() * activations).sum(1).relu()
+def layer_cam(activations: Tensor, gradients: Tensor, negative: float = 0.0) -> Tensor:
+    """Return the sum over channels of relu(gradient) x activation (10.1109/TIP.2021.3089943).
+
+    Negative gradients count by the fraction `negative`: with 1 this is HiResCAM (arXiv 2011.08891).
+    """
+    weights = functional.leaky_relu(gradients, negative)
+    return (weights * activations).sum(1)
 
 
 @dataclass(frozen=True)
 class CamMethod:
     """A class activation map: the product of maps of several stages, or one stage's map.
 
-    It is placed cell by cell and scaled: its peak is the calibrated log odds of the explained class
-    above the threshold, and it is 0 where that class was not predicted. Classical Grad-CAM alone is
-    not scaled: it is in logits by itself, and enlarged bilinearly.
+    Each map is placed cell by cell, averaged over flips and only then clipped at 0, so that what
+    speaks for and against the class nearby cancels. The product is scaled: its peak is the
+    calibrated log odds of the explained class above the threshold, and it is 0 where that class was
+    not predicted. Classical Grad-CAM alone is not scaled: it is in logits by itself, clipped first
+    and enlarged bilinearly.
     """
 
     terms: tuple[tuple[int, CamRule], ...]  # stage and rule of each map
@@ -2247,8 +2253,9 @@ class CamMethod:
     scaled: bool = True
 
 
-CAM_METHODS = {  # the choices of --cam
-    "fine": CamMethod(((0, layer_cam), (1, layer_cam), (2, layer_cam), (3, grad_cam))),
+half_layer_cam = partial(layer_cam, negative=0.5)
+CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
+    "fine": CamMethod(((0, layer_cam), (1, half_layer_cam), (2, half_layer_cam), (3, grad_cam))),
     "gradcam": CamMethod(((3, grad_cam),), "logits", scaled=False),
 }
 
@@ -2281,7 +2288,8 @@ def stage_maps(
     maps = []
     for index, rule in method.terms:
         found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
-        maps.append(enlarge(found, side, stages[index] if method.scaled else None))
+        scaled = method.scaled
+        maps.append(enlarge(found, side, stages[index]) if scaled else enlarge(found.relu(), side))
     return logits.detach(), torch.stack(maps)
 
 
@@ -2305,8 +2313,8 @@ def enlarge(maps: Tensor, side: int, stage: Stage | None = None) -> Tensor:
 
 
 def peak_of_one(maps: Tensor) -> Tensor:
-    """Return maps (..., H, W) >= 0 scaled to a maximum of 1; zeros and non-finite values are 0."""
-    maps = maps.nan_to_num(0, 0, 0)
+    """Return maps (..., H, W) clipped at 0 and scaled to a maximum of 1; NaN and infinity are 0."""
+    maps = maps.nan_to_num(0, 0, 0).relu()
     return maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-30)
 
 

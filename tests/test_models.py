@@ -11,7 +11,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 import torchvision
 from conftest import TINY, ThinResNet, mura, run_inside, thin_networks
-from pytorch_grad_cam import GradCAM, LayerCAM
+from pytorch_grad_cam import GradCAM, HiResCAM, LayerCAM
 from pytorch_grad_cam.utils.image import scale_cam_image
 from scipy.ndimage import find_objects
 from scipy.ndimage import label as label_regions
@@ -691,18 +691,24 @@ class Tapped(nn.Module):
 
 @cache
 def peer_maps(name: str, sign: int) -> dict[str, Any]:
-    """Return pytorch-grad-cam's maps of sign * logit of `draw_images(3)`, unscaled, by rule and stage."""
+    """Return pytorch-grad-cam's maps of sign * logit of `draw_images(3)`, by rule and stage.
+
+    They are neither scaled nor clipped.
+    """
     batch, model = draw_images(3), Tapped(network_of(name))
     targets = [lambda output: sign * output[0]] * len(batch)
     found: dict[str, Any] = {}
-    with LayerCAM(model, list(model.taps)) as layer, GradCAM(model, [model.taps[-1]]) as grad:
+    taps = list(model.taps)
+    with (
+        LayerCAM(model, taps) as layer, HiResCAM(model, taps) as hires, GradCAM(model, taps[-1:]) as grad
+    ):
         layer(batch, targets)
         kept: Any = layer.activations_and_grads
         for stage, tap in enumerate(model.taps):
             pair = kept.activations[stage].numpy(), kept.gradients[stage].numpy()
-            for rule, method in (("layer_cam", layer), ("grad_cam", grad)):
+            for rule, method in (("layer_cam", layer), ("hires_cam", hires), ("grad_cam", grad)):
                 raw = method.get_cam_image(batch, tap, targets, *pair, False)
-                found[rule, stage] = torch.from_numpy(np.maximum(raw, 0))
+                found[rule, stage] = torch.from_numpy(raw)
         found["gradcam"] = grad(batch, targets)
     model.zero_grad(set_to_none=True)
     return found
@@ -732,28 +738,34 @@ def test_gradcam_equals_pytorch_grad_cam(name: str, sign: int) -> None:
     assert ours.amax((1, 2)).min() > 0, "an empty map would prove nothing"
     np.testing.assert_allclose(scale_cam_image(ours.numpy()), peer["gradcam"], atol=1e-5)
     cells = (SIDE // 32) ** 2  # that it leaves out: with them the mean of the map is the logit
-    expected = enlarged(peer["grad_cam", 3] * cells)
+    expected = enlarged(peer["grad_cam", 3].relu() * cells)
     torch.testing.assert_close(ours, expected, atol=1e-5 * float(expected.max()), rtol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["abnormal", "normal"])
 @pytest.mark.parametrize("stage", range(4))
-def test_layercam_of_a_stage_equals_pytorch_grad_cam(name: str, network: Any, stage: int, sign: int) -> None:
-    method = mura.CamMethod(((stage, mura.layer_cam),), "", scaled=False)
-    peer, ours = peer_maps(name, sign)["layer_cam", stage], cam(network, method, sign)
-    assert ours.amax((1, 2)).min() > 0
+@pytest.mark.parametrize(("rule", "negative"), [("layer_cam", 0.0), ("hires_cam", 1.0)])
+def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
+    name: str, network: Any, stage: int, sign: int, rule: str, negative: float
+) -> None:
+    method = mura.CamMethod(((stage, partial(mura.layer_cam, negative=negative)),), "", scaled=False)
+    peer, ours = peer_maps(name, sign)[rule, stage].relu(), cam(network, method, sign)
+    assert ours.amax((1, 2)).max() > 0
     torch.testing.assert_close(ours, enlarged(peer), atol=1e-5 * float(peer.max()), rtol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["abnormal", "normal"])
 def test_fine_is_the_product_of_pytorch_grad_cams_maps(name: str, network: Any, sign: int) -> None:
-    """LayerCAM of the first three stages and Grad-CAM of the last, each in its place and with a peak of 1."""
+    """Each in its place, clipped there, and with a peak of 1.
+
+    LayerCAM of the first stage, what is midway from it to HiResCAM of two more, Grad-CAM of the last.
+    """
     peer = peer_maps(name, sign)
     product = torch.ones(3, SIDE, SIDE)
-    terms = [("layer_cam", 0), ("layer_cam", 1), ("layer_cam", 2), ("grad_cam", 3)]
-    for rule, stage in terms:
-        found = peer[rule, stage]
-        placed = mura.enlarge(found, SIDE, network.architecture.stages[stage])
+    midway = [(peer["layer_cam", stage] + peer["hires_cam", stage]) / 2 for stage in (1, 2)]
+    terms = [peer["layer_cam", 0], *midway, peer["grad_cam", 3]]
+    for found, stage in zip(terms, network.architecture.stages, strict=True):
+        placed = mura.enlarge(found, SIDE, stage).relu()
         product *= placed / placed.amax((1, 2), keepdim=True).clamp(min=1e-30)
     ours = cam_of(name, FINE, sign)
     wanted = product / product.amax((1, 2), keepdim=True).clamp(min=1e-30)
@@ -773,12 +785,12 @@ def test_each_image_has_the_class_of_its_own_sign() -> None:
 
 
 def test_gradcam_is_in_logits(name: str, network: Any) -> None:
-    """The map of abnormal less that of normal has the mean of the cells' logit less the bias (arXiv 1512.04150)."""
+    """Before it is clipped, the map has the mean of the cells' logit less the bias (arXiv 1512.04150)."""
     logits, _ = mura.class_activation_map(network, draw_images(3), GRADCAM, torch.ones(3))
     with torch.inference_mode():
         torch.testing.assert_close(logits, network(draw_images(3)), atol=1e-5, rtol=1e-5)
     cells = (SIDE // 32) ** 2
-    evidence = peer_maps(name, 1)["grad_cam", 3] - peer_maps(name, -1)["grad_cam", 3]
+    evidence = peer_maps(name, 1)["grad_cam", 3]
     torch.testing.assert_close(evidence.mean((1, 2)) * cells, logits - network.head.bias, atol=1e-4, rtol=1e-4)
 
 
@@ -852,6 +864,7 @@ def test_where_no_gradient_is_there_is_no_heat(name: str) -> None:
 def test_a_map_that_is_not_finite_is_cold() -> None:
     maps = torch.tensor([[[math.nan, 2.0], [4.0, 0.0]], [[0, 0], [0, 0]], [[math.inf, 3.0], [0, 0]]])
     expected = [[[0, 0.5], [1, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]
+    assert mura.peak_of_one(maps - 1e-9 * (maps == 0)).tolist() == expected, "clipped at 0"
     assert mura.peak_of_one(maps).tolist() == expected
 
 
@@ -1096,6 +1109,7 @@ def test_an_ensemble_explains_each_member_with_its_own(method: Any) -> None:
     (_, own), (_, flipped) = (mura.stage_maps(res, batch, method, sign) for batch in (first, first.flip(3)))
     terms = (own + flipped.flip(3)) / 2
     if method is FINE:
+        terms = terms.relu()
         terms = terms / terms.amax((2, 3), keepdim=True).clamp(min=1e-30)
     product = terms.prod(0)
     if method is FINE:
