@@ -24,7 +24,7 @@ For research and teaching, not for diagnosis.
 
 Read in this order: 1 options, 2 console and files, 3 decoding, 4 data set, 5 transforms, 6 models,
 7 metrics, 8 training, 9 plots, 10 evaluate, predict, export, 11 phantoms and demo, 12 Python API
-and main. Nothing below a block is needed to understand it.
+and main.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     """Declare a flag as a field of Config, refused in other modes than these letters of MODES.
 
     `kind` holds arguments of add_argument: the values it takes; -h shows `text` up to a semicolon.
-    A flag of training is one of LEARNT, unless it stands in KEPT or FREE.
+    A flag of training is one of LEARNT, unless it is a path or stands in KEPT or FREE.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
 
@@ -143,9 +143,8 @@ SHORT_HELP = (
     "predict output figure demo device").split()
 KEPT = (  # --resume takes these from the saved state where they are not given; see LEARNT
     "epochs grad_accum_steps patience on_bad_image drop_duplicates weights").split()
-FREE = (  # and these never: files, reports and the machine
-    "data_dir labels checkpoint cache_dir resume overwrite save_every bootstrap prevalence device "
-    "compile workers debug").split()
+FREE = (  # and these never, nor paths
+    "resume overwrite save_every bootstrap prevalence device compile workers debug").split()
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,8 @@ class Config:
 OPTIONS = tuple(item for item in fields(Config) if item.metadata)
 LEARNT = tuple(  # they decide what is learnt: --resume takes them from the saved state
     item.name for item in OPTIONS
-    if "T" in item.metadata["modes"] and item.name not in (*KEPT, *FREE))
+    if "T" in item.metadata["modes"] and item.metadata["kind"].get("type") is not Path
+    and item.name not in (*KEPT, *FREE))
 
 
 class Parser(argparse.ArgumentParser):
@@ -863,7 +863,7 @@ def check_archive(file: IO[bytes]) -> None:
 
 # ===== 3 decoding =================================================================================
 # What is read how, and by which source, stands in tests/DECODING.md. A further format is an entry
-# of IMAGE_FORMATS, and its suffix one of IMAGE_SUFFIXES.
+# of IMAGE_FORMATS by Pillow's name, its suffix one of IMAGE_SUFFIXES, and CACHE_VERSION rises.
 
 IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start Ghostscript
     # DICOM: with preamble, or from its first tag on
@@ -1652,7 +1652,7 @@ def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
         if square is None or image.checksum == _digest(square.tobytes()):
             return image
         warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
-    return CachedImage(*image[:3])
+    return CachedImage(image.record, image.path, image.row)
 
 
 def _signature(path: str) -> str:
@@ -1696,13 +1696,14 @@ def _write_part(
                 np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
             with target.open("r+b") as file:
                 for image, square in decoded:
+                    # from the end: the length of the header of .npy does not matter
                     file.seek((image.row - len(images)) * square.size, os.SEEK_END)
                     file.write(square.tobytes())
                     images[image.row] = image
                     bar.update()
     except OSError as error:
         raise unwritable(path, error) from error
-    rows = [image[3:] for image in images]
+    rows = [(image.signature, image.checksum, image.error) for image in images]
     atomic_write(path.with_suffix(".json"), json_text(rows))  # last: now the rows count
 
 
@@ -1815,7 +1816,8 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def fingerprint(self) -> str:
         """Return a digest of names, labels and pixels, which tells this set from any other."""
-        lines = [f"{r.name},{r.label},{checksum}\n" for r, *_, checksum, _ in self.images]
+        lines = [f"{image.record.name},{image.record.label},{image.checksum}\n"
+                 for image in self.images]
         return _digest("".join(lines))
 
 
@@ -2066,8 +2068,8 @@ class Network(nn.Module):
         self.name, self.architecture = name, ARCHITECTURES[name]
         source = self.architecture.constructor()
         width = source.get_submodule(self.architecture.head).in_features
-        parent, _, name = self.architecture.head.rpartition(".")
-        setattr(source.get_submodule(parent), name, nn.Identity())
+        parent, _, leaf = self.architecture.head.rpartition(".")
+        setattr(source.get_submodule(parent), leaf, nn.Identity())
         self.backbone = source.get_submodule(self.architecture.trunk)
         self.head = nn.Linear(width, 1)
 
@@ -2253,9 +2255,10 @@ class CamMethod:
     scaled: bool = True
 
 
-half_layer_cam = partial(layer_cam, negative=0.5)
 CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
-    "fine": CamMethod(((0, layer_cam), (1, half_layer_cam), (2, half_layer_cam), (3, grad_cam))),
+    "fine": CamMethod((
+        (0, layer_cam), (1, partial(layer_cam, negative=0.5)),
+        (2, partial(layer_cam, negative=0.5)), (3, grad_cam))),
     "gradcam": CamMethod(((3, grad_cam),), "logits", scaled=False),
 }
 
@@ -2371,7 +2374,6 @@ class LoadedModel:
     bad_images: int = 0  # of the training set, that could not be read
     body_parts: tuple[str, ...] = ()  # of the training set
     patients: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of train and val
-    digest: str = ""  # SHA-256 of the file
 
     @property
     def shape(self) -> Shape:
@@ -2408,7 +2410,7 @@ def load_model(path: Path, hardware: DevicePrecision, tta: bool | None = None) -
     if tta is not None:
         values["tta"] = tta
     network = hardware.prepare(network).eval().requires_grad_(False)
-    return LoadedModel(path, network, normalization, **values, digest=file_digest(path))
+    return LoadedModel(path, network, normalization, **values)
 
 
 @dataclass(frozen=True)
@@ -2965,11 +2967,11 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
     goals = [cohen_kappa(tp, tn[0] - tn, tp[-1] - tp, tn)]
     if rule != "auto":
         name, wanted = rule.split("=")
-        rates = {"sens": tp / tp[-1], "spec": tn / tn[0]}
-        kept = rates.pop(name)
-        goals = [np.minimum(kept, float(wanted)), *rates.values(), kept]
-    best = np.lexsort([np.abs(thresholds - 0.5), *(-goal for goal in reversed(goals))])[0]
-    return float(thresholds[best])
+        sensitivity, specificity = tp / tp[-1], tn / tn[0]
+        kept, free = (specificity, sensitivity) if name == "spec" else (sensitivity, specificity)
+        goals = [np.minimum(kept, float(wanted)), free, kept]
+    ranks = list(zip(*goals, -np.abs(thresholds - 0.5), strict=True))
+    return float(thresholds[ranks.index(max(ranks))])
 
 
 def format_value(entry: Mapping[str, Any], digits: int = 3) -> str:
@@ -3030,6 +3032,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 # The choices of --select: is more better? Each is val_NAME in STEM.history.csv; besides loss and
 # accuracy, which are of images, any of METRICS can be one, of studies.
 SELECTION = {"loss": -1, "accuracy": 1, "auroc": 1, "kappa": 1}
+STUDY_METRICS = [name for name in SELECTION if name not in ("loss", "accuracy")]
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
 Row = dict[str, float]  # of STEM.history.csv; an undefined metric is NaN
@@ -3080,7 +3083,7 @@ def poly_factor(step: int, total: int, warmup: float) -> float:
     return (1 - min(1.0, (step - rise) / max(1, total - rise))) ** 2
 
 
-def best_epoch(history: Sequence[Row], select: str) -> int:
+def choose_epoch(history: Sequence[Row], select: str) -> int:
     """Return the best epoch by --select, from 1; of equal ones the lower loss, then the first."""
     metrics = [SELECTION[select] * row[f"val_{select}"] for row in history]
     losses = [-row["val_loss"] for row in history]
@@ -3337,7 +3340,7 @@ class Trainer:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
         config, row = self.config, self.history_row(logits)
         history = [*self.state.history, row]
-        kept = best_epoch(history, config.select)
+        kept = choose_epoch(history, config.select)
         self.state = TrainState(history, kept, self.state.model_digest)
         best = kept == len(history)
         log_epoch(row, config.epochs, best=best)
@@ -3433,7 +3436,8 @@ def log_epoch(row: Row, epochs: int, *, best: bool) -> None:
     title = f"epoch {row['epoch']}/{epochs}"
     log(f"{title}  images: train loss {shown['train_loss']} accuracy {shown['train_accuracy']}, "
         f"val loss {shown['val_loss']} accuracy {shown['val_accuracy']}")
-    log(f"{'':<{len(title)}}  studies: val AUROC {shown['val_auroc']} kappa {shown['val_kappa']}   "
+    studies = [f"{METRICS[name].heading} {shown[f'val_{name}']}" for name in STUDY_METRICS]
+    log(f"{'':<{len(title)}}  studies: val {' '.join(studies)}   "
         f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
         f"{'   best so far' if best else ''}")
 
@@ -3518,9 +3522,9 @@ def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int)
     import matplotlib as mpl
 
     panels = {
-        "loss": ("train_loss", "val_loss"),
-        "accuracy of images": ("train_accuracy", "val_accuracy"),
-        "AUROC and kappa of studies": ("val_auroc", "val_kappa"),
+        "loss": ["train_loss", "val_loss"],
+        "accuracy of images": ["train_accuracy", "val_accuracy"],
+        "val metrics of studies": [f"val_{name}" for name in STUDY_METRICS],
     }
     epochs = [row["epoch"] for row in history]
     with mpl.rc_context(STYLE):
@@ -3932,7 +3936,7 @@ def decision_threshold(config: Config, models: Sequence[LoadedModel]) -> tuple[f
 
 
 def predicted_class(probability: float, threshold: float) -> str:
-    """Return the class of a probability of abnormal: the one place where a threshold is applied."""
+    """Return the class of a probability of abnormal; "" where it is NaN."""
     return "" if math.isnan(probability) else CLASSES[int(probability > threshold)]
 
 
@@ -3968,9 +3972,11 @@ def evaluate_ensemble(
 
         logits = ensemble.predict_dataset(data, config.eval_batch_size, distributed, update)
     if distributed.rank == 0:
-        for i in np.flatnonzero(~np.isfinite(logits).all(axis=0)):
-            raise UserError(f"{first.records[i].path}: the model's output is not finite; use "
-                            "--precision fp32 or another model", EXIT_FAILED)
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=0))
+        if len(wrong):
+            path = first.records[wrong[0]].path
+            raise UserError(f"{path}: the model's output is not finite; use --precision fp32 or "
+                            "another model", EXIT_FAILED)
         notes, dropped = check_duplicates(config, scan, first, ensemble.models[0].shape)
         kept = np.array([record.name not in dropped for record in first.records])
         members = [as_predictions(first.records, row).take(kept)
@@ -4112,7 +4118,7 @@ def require_own_report(config: Config, split: str) -> None:
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
         require_targets(config, {"figure": sheets})
-    with OPTIONAL:  # absent, or of another program
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
         models = [str(path) for path in config.checkpoint]
         is_own |= (earlier["split"], earlier["checkpoints"]) == (split, models)
@@ -4135,8 +4141,9 @@ class ViewResult:
     box: Box | None = None  # of the strongest region, in the original's pixels
     error: str = ""
     warnings: Sequence[str] = ()
-    # (S, S): each model's input, then its map; empty at the end
-    squares: Sequence[Any] = field(default=(), repr=False)
+    # of each model, (S, S), only while it is answered
+    inputs: Sequence[Pixels] = field(default=(), repr=False)
+    maps: Sequence[Tensor] = field(default=(), repr=False)
 
     @property
     def heatmap(self) -> Array:
@@ -4316,8 +4323,8 @@ class Predictor:
             found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
         named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
         found += body_part_warnings(models, radiograph.body_part or "".join(named[-1:]))
-        squares = [resize_square(radiograph.pixels, *model.shape) for model in models]
-        return ViewResult(path, radiograph.pixels, warnings=found, squares=squares)
+        inputs = [resize_square(radiograph.pixels, *model.shape) for model in models]
+        return ViewResult(path, radiograph.pixels, warnings=found, inputs=inputs)
 
     def classify(self, views: Iterator[ViewResult]) -> Iterator[ViewResult]:
         """Yield images with what the models answer, a batch at a time, in order."""
@@ -4327,9 +4334,9 @@ class Predictor:
             yield from batch
 
     def answer(self, views: Sequence[ViewResult]) -> None:
-        """Set the probabilities of a batch, and leave the models' maps in place of their inputs."""
+        """Set the probabilities of a batch, and the models' maps."""
         ensemble, device = self.ensemble, self.ensemble.hardware.device
-        batches = zip(*(view.squares for view in views), strict=True)
+        batches = zip(*(view.inputs for view in views), strict=True)
         images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
         sign = torch.full((len(views),), SIGNS.get(self.config.cam_class, 1), device=device)
         logits, maps = ensemble.explain(images, self.method, sign)
@@ -4337,9 +4344,9 @@ class Predictor:
         if self.config.cam_class == "predicted":
             signs = [SIGNS.get(predicted_class(p, self.threshold), 1) for p in mean]
             _, maps = ensemble.explain(images, self.method, torch.tensor(signs, device=device))
-        for view, probability, *view.squares in zip(views, mean, *maps, strict=True):
-            view.probability = float(probability)
-            if not math.isfinite(probability):
+        for i, view in enumerate(views):
+            view.probability, view.maps = float(mean[i]), [heat[i] for heat in maps]
+            if not math.isfinite(view.probability):
                 view.error = "the model's output is not finite"
 
     def pool(self, study: Study) -> Study:
@@ -4352,7 +4359,7 @@ class Predictor:
         if explained == "predicted":
             explained = study.label
         for view in study.readable:
-            self.explain(view, SIGNS[explained])
+            self.place_heatmap(view, SIGNS[explained])
         heatmaps = [view.cam for view in study.readable]
         study.scale = heat_scale(explained, self.method.unit, heatmaps)
         errors = [f"{view.path.name}: {view.error}" for view in study.views if view.error]
@@ -4360,16 +4367,17 @@ class Predictor:
             study.error = "; ".join(errors) if len(study.views) > 1 else study.views[0].error
         return study
 
-    def explain(self, view: ViewResult, sign: float) -> None:
+    def place_heatmap(self, view: ViewResult, sign: float) -> None:
         """Set the heatmap and the box of an image: 1 for "abnormal", -1 for "normal"."""
         height, width = view.pixels.shape
         scale = min(1, CAM_SIDE / max(height, width))
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         maps = []
-        for heat, model in zip(view.squares, self.ensemble.models, strict=True):
+        for heat, model in zip(view.maps, self.ensemble.models, strict=True):
             left, top, right, bottom = letterbox_box(height, width, *model.shape)
             maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
-        view.cam, view.squares = np.maximum(sign * np.mean(maps, axis=0), 0), ()
+        view.cam = np.maximum(sign * np.mean(maps, axis=0), 0)
+        view.inputs = view.maps = ()
         above = sign * log_odds_above(view.probability, self.threshold)
         if self.method.scaled:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
@@ -4601,7 +4609,7 @@ class ExportedModel(nn.Module):
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
-        self.model, self.network = model, model.network
+        self.model, self.network = model, model.network  # a module of this one, so exported
 
     def forward(self, images: Tensor) -> Tensor:
         """Return probabilities (B,) of grey images (B, 1, S, S), 0 to 1."""

@@ -142,30 +142,41 @@ def placement(study: Study, squares: int = 40) -> None:
         print(f"placement at {side} px: {shown}", flush=True)
 
 
-def randomised(study: Study, method: str, images: int = 12) -> None:
-    """Print the correlation with the original map of maps of a network that is reset from the top."""
+def reset(network: Any, names: list[str]) -> None:
+    """Draw the weights of these layers anew; those of the head where there are none."""
+    chosen = [network.backbone.get_submodule(name) for name in names] or [network.head]
+    for module in (module for part in chosen for module in part.modules()):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def randomised(study: Study, method: str, images: int = 12, draws: int = 6) -> None:
+    """Print the correlation with the original map of maps of a network that is reset from the top.
+
+    The mean over images and draws, and the largest mean of a draw; a cold map has a correlation of 0.
+    """
     records = [record for record in study.records if record.label][:images]
     pixels = [mura.read_radiograph(Path(record.path)).pixels for record in records]
     squares = np.stack([mura.resize_square(image, *study.model.shape) for image in pixels])
     inputs = study.model.normalization(mura.to_unit(torch.from_numpy(squares)[:, None]))
     sign, cam = torch.ones(len(records)), mura.CAM_METHODS[method]
     original = mura.class_activation_map(study.model.network, inputs, cam, sign)[1]
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        network, shown = copy.deepcopy(study.model.network), []
-        stages = network.architecture.stages
-        layers: list[tuple[str, list[str]]] = [("head", [])]
-        layers += [(f"stride {stage.stride}", stage.layers.split()) for stage in stages[::-1]]
-        for name, parts in layers:
-            chosen = [network.backbone.get_submodule(part) for part in parts] or [network.head]
-            for module in (module for part in chosen for module in part.modules()):
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+    stages = study.model.network.architecture.stages[::-1]
+    layers: dict[str, list[str]] = {"head": []}
+    layers |= {f"stride {stage.stride}": stage.layers.split() for stage in stages}
+    found = np.zeros((draws, len(layers)))
+    for draw in range(draws):
+        torch.manual_seed(draw)
+        network = copy.deepcopy(study.model.network)
+        for column, names in enumerate(layers.values()):
+            reset(network, names)
             maps = mura.class_activation_map(network, inputs, cam, sign)[1]
-            pairs = zip(original, maps, strict=True)
-            found = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in pairs if b.any()]
-            shown.append(f"{name} {np.mean(found) if found else 0:+.2f}")
-        print(f"{method:8} randomised (seed {seed}): {', '.join(shown)}", flush=True)
+            pairs = [(a.flatten(), b.flatten()) for a, b in zip(original, maps, strict=True)]
+            found[draw, column] = np.mean(
+                [np.corrcoef(a, b)[0, 1] if a.any() and b.any() else 0 for a, b in pairs])
+    shown = zip(layers, found.mean(axis=0), found.max(axis=0), strict=True)
+    print(f"{method:8} randomised, {draws} draws: "
+          + ", ".join(f"{name} {mean:+.2f} (up to {top:+.2f})" for name, mean, top in shown), flush=True)
 
 
 def main() -> None:

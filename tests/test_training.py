@@ -586,7 +586,7 @@ def test_the_best_epoch(select: str, best: list[int]) -> None:
     """Of equal ones the lower loss is, and where that is equal too the first."""
     names = ("val_accuracy", "val_auroc", "val_kappa", "val_loss")
     rows = [dict(zip(names, values, strict=True)) for values in HISTORY]
-    assert [mura.best_epoch(rows[: number + 1], select) for number in range(len(rows))] == best
+    assert [mura.choose_epoch(rows[: number + 1], select) for number in range(len(rows))] == best
     assert set(mura.SELECTION) == {"accuracy", "auroc", "kappa", "loss"}
 
 
@@ -594,7 +594,7 @@ def test_an_undefined_metric_is_the_worst() -> None:
     """A study kappa of -0.2 is better than none; the first epoch is kept, however bad."""
     values = ((math.nan, 0.5), (-0.2, 0.9), (math.nan, 0.1))
     rows = [{"val_kappa": kappa, "val_loss": loss} for kappa, loss in values]
-    assert [mura.best_epoch(rows[:number], "kappa") for number in (1, 2, 3)] == [1, 2, 2]
+    assert [mura.choose_epoch(rows[:number], "kappa") for number in (1, 2, 3)] == [1, 2, 2]
 
 
 Rows = list[dict[str, float]]
