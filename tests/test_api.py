@@ -21,7 +21,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -493,6 +493,21 @@ def test_memory_that_does_not_suffice_for_training_has_a_way_out(
     assert "out of memory: use --grad-accum-steps 4" in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("mode", "remedy"), [
+    (["--demo"], "--grad-accum-steps 2"), (["--predict", "x.png"], "--batch-size 4")])
+def test_memory_that_does_not_suffice_has_a_remedy_in_each_mode(
+    mode: list[str], remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("demo_command", "predict_command"):
+        monkeypatch.setattr(mura, name, short)
+    assert run_inside(*mode) == 1
+    assert f"out of memory: use {remedy}" in one_line(capsys.readouterr().err)
+
+
 def test_an_error_while_predicting_is_not_blamed_on_the_file_of_heatmaps(
     small: Path, study: Path, here: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -643,6 +658,58 @@ def test_the_demo_plays_the_pointing_game(demo: tuple[Path, str]) -> None:
     assert hits > 2 * chance > 0
     (shown,) = [line for line in demo[1].splitlines() if "abnormal, " in line]
     assert "_positive" in shown
+
+
+class EverySecond:
+    """A predictor that calls every second image abnormal."""
+
+    def studies(self, inputs: list[mura.Study]) -> Iterator[mura.Study]:
+        for number, study in enumerate(inputs):
+            pixels, probability = mura.read_radiograph(study.path).pixels, (0.1, 0.9)[number % 2]
+            heat = np.ones(pixels.shape, np.float32)
+            view = mura.ViewResult(study.path, pixels, probability, heat)
+            scale = mura.heat_scale("abnormal", "", [heat])
+            yield replace(study, views=[view], probability=probability, scale=scale)
+
+
+def test_the_pointing_game_is_about_images_that_were_called_abnormal(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mura, "DEMO_STUDIES", (2, 6))
+    monkeypatch.setattr(mura, "train_command", lambda *_: 0)
+    monkeypatch.setattr(mura, "load_predictor", lambda _: EverySecond())
+    assert run_inside("--demo", "d", "--no-show") == 0
+    count = len(mura.read_lesion_boxes(Path("d/MURA-v1.1")))
+    assert f" of {count // 2} abnormal images that were called so" in capsys.readouterr().out
+
+
+def test_the_seed_decides_what_the_demo_draws(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise mura.UserError("drawn")
+
+    monkeypatch.setattr(mura, "DEMO_STUDIES", (2, 2))
+    monkeypatch.setattr(mura, "train_command", stop)
+    for seed in "12":
+        assert run_inside("--demo", seed, "--seed", seed) == 2
+    first, second = (
+        {path.relative_to(seed): path.read_bytes() for path in Path(seed).rglob("*.png")}
+        for seed in "12")
+    assert first and all(first[name] != second[name] for name in first)
+
+
+def test_the_demo_replaces_no_foreign_figure(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mura, "write_phantoms", pytest.fail)
+    Image.new("L", (9, 9)).save("mine.png")
+    for flags in (["--figure", "mine.png"], []):
+        assert run_inside("--demo", "d", *flags) == 2
+        assert "is there and not a file of this program" in one_line(capsys.readouterr().err)
+        Path("d").mkdir(exist_ok=True)
+        shutil.copy("mine.png", "d/demo_heatmap.png")
+    assert {path.name for path in Path("d").iterdir()} == {"demo_heatmap.png"}
 
 
 def test_the_demo_prints_lines_for_each_epoch(demo: tuple[Path, str]) -> None:

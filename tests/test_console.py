@@ -250,6 +250,7 @@ def test_what_killed_processes_left_is_removed_after_a_while(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(b"another program's")
     for left in (stale.name, *foreign):
         os.utime(tmp_path / left, (time.time() - 25 * 3600,) * 2)
+    os.utime(fresh, (time.time() - 30 * 60,) * 2)  # a large file on a slow disk
     mura.atomic_write(path, b"")
     assert names(tmp_path) == {*foreign, fresh.name, "f.csv", "old", "young"}
 
@@ -675,6 +676,19 @@ def test_streams_that_are_not_there_at_all(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(sys, name, None)
     monkeypatch.setattr(mura, "main", lambda config: mura.log("x") or mura.warn("x") or 3)
     assert mura.run_as_script(mura.Config()) == 3
+
+
+def test_a_hangup_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal has gone, as where a connection broke."""
+    hung_up: list[int] = []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    monkeypatch.setattr(mura, "main", lambda config: os.kill(os.getpid(), signal.SIGHUP) or 0)
+    before = signal.signal(signal.SIGHUP, lambda signum, frame: hung_up.append(signum))
+    try:
+        assert mura.run_as_script(mura.Config()) == 0 and not hung_up
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_names_that_the_encoding_lacks_are_escaped(

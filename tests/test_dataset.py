@@ -1069,6 +1069,17 @@ def test_other_preprocessing_is_another_cache(
     assert decodings == []
 
 
+def test_a_cache_of_other_decoding_is_not_used(
+    root: Path, decodings: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CACHE_VERSION is raised where decoding or resizing changes."""
+    first = decoded(root)
+    decodings.clear()
+    monkeypatch.setattr(mura, "CACHE_VERSION", mura.CACHE_VERSION + 1)
+    assert set(files_of(first)).isdisjoint(files_of(decoded(root)))
+    assert len(decodings) == 16
+
+
 def test_other_images_of_a_body_part_are_another_cache(root: Path) -> None:
     """Names are in the key: train/ and valid/ of one body part must not share rows."""
     for number, path in enumerate(sorted((root / "train").rglob("*.png"))):

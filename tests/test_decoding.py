@@ -573,6 +573,8 @@ def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path):
     for subfile in (1, 4, 5):
         data = linked(tiff(values), small, tiff(values[::4, ::4]), subfile=subfile)
         assert (read(tmp_path, data, "a.tif") == values).all()
+    mask = linked(tiff(values), tiff(values // 128), subfile=4)  # of the size of the image
+    assert (read(tmp_path, mask, "a.tif") == values).all()
     page = tiff(values[:8])
     assert "several frames" in reason_of(tmp_path, linked(tiff(values), page), "a.tif")
     assert "several frames" in reason_of(tmp_path, linked(tiff(values), page, subfile=2), "a.tif")

@@ -486,6 +486,14 @@ def test_the_exact_interval_counts_those_who_can_err() -> None:
     assert few["ppv"] == {"value": 1, **NO_INTERVAL}
 
 
+def test_the_exact_interval_counts_patients_not_their_studies() -> None:
+    """30 abnormal studies of 15 patients, all found: 15 have shown no error."""
+    images = predictions(
+        [0] * 30 + [1] * 30, [0.1] * 30 + [0.9] * 30, [f"p{i // 2:02d}" for i in range(60)])
+    found = study_level(images)["sensitivity"]
+    assert found == {"value": 1, "low": pytest.approx(0.025 ** (1 / 15)), "high": 1}
+
+
 def test_what_never_varies_has_no_interval() -> None:
     """Always 0.9: kappa is 0 and the Brier score the same in each resample; a PPV of 1 at 1 %."""
     constant = study_level(predictions([0, 1] * 20, [0.9] * 40))

@@ -162,6 +162,11 @@ def test_logits_are_fp32_under_autocast() -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = network.classify(features)
     torch.testing.assert_close(found, network.head.weight.sum(1) + network.head.bias, atol=1e-4, rtol=1e-5)
+    features[..., 0] += 2**-7  # the mean needs a digit more than bf16 has
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = network.classify(features)
+    exact = (1 + 2**-8) * network.head.weight.sum(1) + network.head.bias
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-5)
 
 
 def test_the_random_weights_are_those_of_the_seed(thin: None) -> None:

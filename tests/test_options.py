@@ -498,6 +498,7 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
     ("--data-dir d --resume --overwrite", "--resume and --overwrite exclude each other"),
     ("--labels t.csv --evaluate --split train", "--split is for MURA's folders, not for --labels"),
     ("--data-dir d --evaluate --cam gradcam", "draws its heatmaps into the folder of --figure"),
+    ("--data-dir d --evaluate --cam-class normal", "draws its heatmaps into the folder of"),
     ("--data-dir d --evaluate --figure f.png", "name a folder"),
     ("--export f.onnx --checkpoint a.pth b.pth", "--export takes one --checkpoint"),
     ("--data-dir d --evaluate --checkpoint a.pth b.pth a.pth", "names a model twice"),
@@ -509,6 +510,14 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
 ])
 def test_flags_that_do_not_go_together_are_refused(line: str, complaint: str) -> None:
     assert complaint in refusal(*line.split())
+
+
+@pytest.mark.parametrize(("size", "steps", "images"), [(8, 1, 32), (8, 4, 8), (1, 100, 1)])
+def test_accumulation_saves_memory_without_gradients_too(
+    size: int, steps: int, images: int
+) -> None:
+    flags = ["--demo", "--batch-size", f"{size}", "--grad-accum-steps", f"{steps}"]
+    assert mura.parse_options(flags).eval_batch_size == images
 
 
 @pytest.mark.parametrize("line", [

@@ -251,6 +251,21 @@ def test_an_image_depends_on_its_path_and_the_seed_alone(tmp_path: Path) -> None
     assert len({small[name] for name in images}) == len(images)
 
 
+def test_the_pointing_game_by_hand() -> None:
+    """Peak and three quarters of the heat of one image lie in its box, nothing of another's."""
+    box, heat = (6, 1, 8, 3), np.zeros((4, 10), np.float32)
+    heat[1, 6], heat[2, 7], heat[3, 0] = 2, 1, 1
+    results, boxes = [], {}
+    for name, cam in (("a.png", heat), ("b.png", heat[:, ::-1])):
+        path = Path(name)
+        view = mad.ViewResult(path, np.zeros((4, 10), np.uint8), 0.9, cam)
+        results.append(mad.Study(path, [path], views=[view]))
+        boxes[path] = box
+    text = mad.pointing_game(results, boxes)
+    assert "in 50% of 2 abnormal images" in text
+    assert "38% of the heat in it (by chance 10%)" in text
+
+
 def test_an_unfinished_folder_is_known_as_one_of_phantoms(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         mad.write_phantoms(tmp_path, 1, 1, ("XR_TAIL",), size=32)

@@ -576,6 +576,15 @@ def test_roc_and_precision_recall_agree_with_scikit_learn(saved: list[Figure]) -
     }
 
 
+def test_prevalence_is_that_of_studies(saved: list[Figure]) -> None:
+    """One abnormal study of three views, three normal ones of one: 1 of 4, though 3 of 6 images."""
+    names = np.array(["a", "a", "a", "b", "c", "d"])
+    label, probability = np.array([1, 1, 1, 0, 0, 0]), np.array([0.9, 0.8, 0.7, 0.3, 0.2, 0.1])
+    images = mura.Predictions(tuple("123456"), np.full(6, "XR_HAND"), names, names, label, probability)
+    ((line, *_),) = lines_of(drawn_report(saved, *evaluated(images))["b"], "prevalence")
+    assert line[1] == 0.25
+
+
 def test_operating_point_and_its_intervals_stand_where_they_belong(saved: list[Figure]) -> None:
     """Intervals of different lengths, so that none can be swapped or mirrored unseen."""
     report, images, studies = evaluated(cohort())

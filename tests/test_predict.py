@@ -537,6 +537,28 @@ def test_the_gallery_is_worst_first_with_heatmaps(
         "right, for comparison"]
 
 
+def test_the_gallery_follows_a_threshold_that_was_found(
+    evaluate: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the model's own: groups, and which pictures have heat, are by that of the report."""
+    found = defaultdict(list)
+
+    def spy(tiles: Any, heading: str, *rest: Any) -> bytes:
+        for _, heat, caption in tiles:
+            found[heading.rpartition(" (")[0]].append((caption, heat.max() > 0))
+        return blank_picture()
+
+    monkeypatch.setattr(mura, "gallery_sheet", spy)
+    assert evaluate("--figure", "gallery", "--threshold", "sens=0.99") == 0
+    threshold, rows = report_of(Path("e"))["threshold"], table_of(Path("e"))
+    assert abs(threshold - 0.45) > 0.05
+    normal = [row for row in rows if row["label"] == "0" and float(row["probability"]) > threshold]
+    positives = found["Most confident false positives"]
+    assert len(positives) == min(24, len(normal)) > 0
+    assert all(hot for _, hot in positives)
+    assert not any(hot for _, hot in found["Most confident false negatives"])
+
+
 def test_labels_of_a_table_are_evaluated_as_those_of_folders(
     evaluate: Ask, evaluated: dict[str, Path], phantoms: Path, capsys: Captured,
     monkeypatch: pytest.MonkeyPatch,
@@ -601,6 +623,18 @@ def test_patients_of_training_and_unknown_body_parts_are_warned_about(
     assert evaluate("--output", "g", "--tasks", "humerus", models=[other]) == 0
     assert "unreliable" not in capsys.readouterr().err
     assert {row["body_part"] for row in table_of(Path("g"))} == {"XR_HUMERUS"}
+
+
+def test_patients_of_each_member_are_warned_about(
+    evaluate: Ask, pair: list[Path], valid: list[Path], capsys: Captured, tmp_path: Path
+) -> None:
+    content = torch.load(pair[1], weights_only=True)
+    seen = {"train": [], "val": [valid[0].parts[-3]]}
+    second = write_model(tmp_path / "m.pth", content, patients=seen)
+    assert evaluate(models=[pair[0], second]) == 0
+    err = capsys.readouterr().err
+    assert err.count("leakage") == 1
+    assert f"{second}: 0 of the " in err and "were trained on, 1 used for validation" in err
 
 
 def test_images_that_are_also_in_training_are_named_and_left_out_on_request(
@@ -1337,6 +1371,15 @@ def test_foreign_files_are_not_replaced_but_own_ones_are(
     assert Path(name).read_bytes() == foreign != own
     assert ask(image, flag, name, "--overwrite") == mura.EXIT_DONE
     assert Path(name).read_bytes() != foreign
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--output", "r.csv"), ("--figure", "x.png")])
+def test_an_empty_file_is_foreign(
+    flag: str, name: str, ask: Ask, image: Path, capsys: Captured
+) -> None:
+    Path(name).touch()
+    assert ask(image, flag, name) == mura.EXIT_USAGE
+    assert f"{flag} {name}: is there and not a file of" in error_line(capsys.readouterr())
 
 
 @pytest.mark.parametrize("obstacle", ["foreign file", "folder"])

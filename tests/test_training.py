@@ -758,6 +758,18 @@ def test_off_a_terminal_a_line_a_minute(
         assert 3600 * hours + 60 * minutes + seconds == left
 
 
+def test_the_time_of_an_epoch_counts_what_was_done_before_a_stop(
+    untested: Path, tmp_path: Path, clock: Clock
+) -> None:
+    command = training(untested, tmp_path / "run.pth")
+    stop_in_batch(3, signal.SIGTERM, command)
+    clock.now += 10_000  # from one day to the next
+    assert run_inside(*command, "--resume") == 0
+    batches = batches_of(untested, tmp_path / "run.pth")
+    for row in read_rows(tmp_path / "run.history.csv"):
+        assert float(row["seconds"]) == pytest.approx(10 * batches + 30)
+
+
 @pytest.mark.parametrize(("minutes", "every"), [("0", 1), ("1", 7), ("1000", 1000)])
 def test_the_state_is_saved_every_few_minutes(
     minutes: str, every: int, untested: Path, tmp_path: Path, clock: Clock,
@@ -1029,6 +1041,20 @@ def test_plateau_has_nothing_to_stretch(
     assert same(checkpoint, straight)
 
 
+@pytest.mark.parametrize(("fall", "rate"), [(0.5e-4, 0.002), (2e-4, 0.02)])
+def test_plateau_takes_less_than_a_ten_thousandth_for_no_fall(
+    fall: float, rate: float, untested: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run.pth"
+    assert run_inside(*training(untested, checkpoint, "--lr-schedule", "plateau")) == 0
+    content = read_state(checkpoint)
+    for row, loss in zip(content["state"]["history"], (1, 1 - fall), strict=True):
+        row["val_loss"] = loss
+    mura.write_checkpoint(beside(checkpoint, ".last.pth"), content)
+    assert run_inside(*resuming(untested, checkpoint, "--epochs", "3")) == 0
+    assert float(read_history(checkpoint)[2]["lr"]) == pytest.approx(rate)
+
+
 def test_a_finished_run_is_only_tested_again(
     data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1152,6 +1178,15 @@ def test_existing_files_are_refused_before_any_work(
     assert "--overwrite" in error
     assert listing(tmp_path) == {name: b"mine"}
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_link_to_nowhere_is_refused_as_a_file_is(
+    untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "run.history.csv"
+    link.symlink_to("later.csv")
+    assert run_inside(*training(untested, tmp_path / "run.pth")) == 2
+    assert f"{link}: is there already" in one_line(capsys)
 
 
 def test_overwrite_replaces_a_run(data: Path, whole: Path, tmp_path: Path) -> None:
