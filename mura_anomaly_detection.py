@@ -4414,7 +4414,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
         with bar, open_maps(config.save_cam) as archive:
             for study, figure in zip(predictor.studies(inputs), figures, strict=True):
                 rows.append(full_row(config, study))
-                print_result(study, rows[-1].get("probability_at_prevalence"))
+                print_result(study, config.prevalence)
                 if archive and config.save_cam:
                     save_maps(archive, study, config.save_cam)
                 if study.label:
@@ -4527,7 +4527,7 @@ def write_output(path: Path | None, rows: Sequence[Content]) -> float:
     return ended + max(1, 10 * (ended - began))
 
 
-def print_result(study: Study, at_prevalence: float | None) -> None:
+def print_result(study: Study, prevalence: float | None) -> None:
     """Print an input, a line on stdout (and one a view of a study), or on stderr why it failed."""
     for view in study.views:
         for text in view.warnings:
@@ -4537,8 +4537,9 @@ def print_result(study: Study, at_prevalence: float | None) -> None:
     if not study.label:
         return
     notes = f"probability of abnormal {percent(study.probability)}"
-    if at_prevalence:
-        notes += f", {percent(at_prevalence)} at --prevalence"
+    if prevalence:
+        corrected = correct_prevalence(np.array(study.probability), prevalence)
+        notes += f", {percent(float(corrected))} at --prevalence"
     if len(study.views) < 2:
         log(f"{study.path}: {study.summary} ({notes})")
         return

@@ -672,15 +672,16 @@ class EverySecond:
             yield replace(study, views=[view], probability=probability, scale=scale)
 
 
-def test_the_pointing_game_is_about_images_that_were_called_abnormal(
+def test_the_demo_is_about_images_that_were_called_abnormal(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mura, "DEMO_STUDIES", (2, 6))
     monkeypatch.setattr(mura, "train_command", lambda *_: 0)
     monkeypatch.setattr(mura, "load_predictor", lambda _: EverySecond())
-    assert run_inside("--demo", "d", "--no-show") == 0
-    count = len(mura.read_lesion_boxes(Path("d/MURA-v1.1")))
-    assert f" of {count // 2} abnormal images that were called so" in capsys.readouterr().out
+    assert run_inside("--demo", "d", "--no-show", "--prevalence", "0.2") == 0
+    out, count = capsys.readouterr().out, len(mura.read_lesion_boxes(Path("d/MURA-v1.1")))
+    assert "abnormal 90.0%, 69.2% at --prevalence" in out, "odds of 9 times 1 to 4"
+    assert f" of {count // 2} abnormal images that were called so" in out
 
 
 def test_the_seed_decides_what_the_demo_draws(
