@@ -105,7 +105,7 @@ def number(low: float, high: float = 10**6) -> Content:
             if low <= (value := kind(text)) <= high:
                 return value
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no {kind.__name__} from {low:g} to {high:.10g}")
+            f"{text!r} is no {'whole ' * (kind is int)}number from {low:g} to {high:.10g}")
 
     return {"type": parse, "metavar": "N" if kind is int else "X"}
 
@@ -815,7 +815,8 @@ def read_checkpoint(path: Path, kind: str) -> Content:
     Raises:
         UserError: it is something else, or as of `read_weights`.
     """
-    content = read_weights(path, "--checkpoint wants the .pth file that training wrote")
+    flag, ending = ("--checkpoint", ".pth") if kind == "model" else ("--resume", ".last.pth")
+    content = read_weights(path, f"{flag} wants the {ending} file that training wrote")
     if content.get("format") != PROGRAM or content.get("kind") != kind:
         wanted = "a model (STEM.pth)" if kind == "model" else "a saved state (STEM.last.pth)"
         raise UserError(f"{path}: is not {wanted} of this program")
@@ -937,7 +938,7 @@ def read_header(path: Path) -> ImageHeader | None:
                 file.seek(0)
                 if kind == "DICOM":
                     header = _read_dicom(file, stop_before_pixels=True)
-                    if "Rows" not in header:  # DICOMDIR, a report, ...
+                    if header and "Rows" not in header:  # DICOMDIR, a report, ...
                         return None
                     study = str(header.get("StudyInstanceUID", ""))
                     return ImageHeader(kind, header.Columns, header.Rows, study)
@@ -1145,6 +1146,8 @@ def _decode_dicom(data: bytes) -> Radiograph:
         if header.get(keyword) in (None, ""):
             setattr(header, keyword, value)
     bits = header.BitsStored
+    if not 0 < bits <= header.BitsAllocated:
+        raise BadImage(f"a DICOM file with {bits} bits stored of {header.BitsAllocated}")
     header.BitsStored = max(bits, (header.get("HighBit") or 0) + 1)  # pydicom clears what is above
     stored, chroma = _dicom_pixels(header), 0.0
     if stored.ndim == 3:
@@ -1168,6 +1171,8 @@ def _dicom_pixels(header: Dataset) -> Array:
         if len(header.PixelData) < bits // 8:
             raise BadImage(f"cut short: {len(header.PixelData)} of {bits // 8} bytes of pixels")
     syntax = header.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1").value
+    if syntax.name == str(syntax):  # a private or damaged one, perhaps with what follows it
+        raise BadImage("its transfer syntax is not known")
     if "JPEG" in syntax.name and (size := JPEG_SIZE.search(header.PixelData)):
         _check_size(*(int.from_bytes(side) for side in size.groups() if side))  # it is believed
     if syntax.endswith(".4.51"):  # sequential JPEG has coefficients 0 to 63
@@ -3417,7 +3422,8 @@ class Trainer:
         log(f"resumed from {path}: {state.epoch} epochs and {state.batch} batches are done")
         before, epochs = content["kept"]["epochs"], self.config.epochs
         if epochs <= state.epoch:
-            log(f"--epochs {epochs}: all of them are done; a larger number goes on")
+            log(f"--epochs {epochs}: {state.epoch} are done, so none is left; a larger number goes "
+                "on")
         elif self.config.lr_schedule == "poly" and epochs != before:
             log(f"--epochs {before} -> {epochs}: the schedule is fitted to it; the learning rate "
                 f"goes on at {self.learning_rate():.2e}")
@@ -3964,6 +3970,8 @@ def evaluate_ensemble(
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
     first = data[0]
+    if config.mode == "E":
+        require_own_report(config, scan.split, first.fingerprint())
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
@@ -3982,7 +3990,8 @@ def evaluate_ensemble(
         members = [as_predictions(first.records, row).take(kept)
                    for row in ensemble.probabilities(logits)]
         report, images, studies = make_report(config, ensemble, scan, members, notes)
-        write_report(config, report | {"bad_images": bad_images}, images, studies)
+        report |= {"bad_images": bad_images, "data": first.fingerprint()}
+        write_report(config, report, images, studies)
         if config.mode == "E" and config.figure:
             config = replace(config, threshold=report["threshold"])
             write_gallery(Predictor(config, ensemble), scan.folder, images)
@@ -4104,8 +4113,10 @@ def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> No
         log(f"written: {file}")
 
 
-def require_own_report(config: Config, split: str) -> None:
-    """Refuse to replace the report of another split or of other models, or foreign pictures.
+def require_own_report(config: Config, split: str, data: str = "") -> None:
+    """Refuse to replace the report of another split, model or data, or foreign pictures.
+
+    Of the data it is asked once they are known, by their fingerprint.
 
     Raises:
         UserError: such a file is there, and --overwrite is not given.
@@ -4120,10 +4131,12 @@ def require_own_report(config: Config, split: str) -> None:
         require_targets(config, {"figure": sheets})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
-        models = [str(path) for path in config.checkpoint]
-        is_own |= (earlier["split"], earlier["checkpoints"]) == (split, models)
+        models = [os.path.realpath(path) for path in config.checkpoint]
+        before = [os.path.realpath(path) for path in earlier["checkpoints"]]
+        is_own |= (earlier["split"], before) == (split, models) and data in ("", earlier["data"])
     if not is_own:
-        require_new(files, "of another split or model; use another --output, or --overwrite")
+        require_new(files, "it is of another split, model or data, or not of this program: use "
+                           "another --output, or --overwrite")
 
 
 # ---- predict: records ----
@@ -4235,8 +4248,8 @@ def search_folder(top: Path) -> list[Study]:
     skipped: list[str] = []
     found: dict[object, Study] = {}
     for path in walk_files(top, closed.append):
-        header, folder = read_header(path), path.parent
-        if not header or is_own_figure(path):
+        header, folder = input_header(path), path.parent
+        if not header:
             skipped.append(path.name)
         else:
             name, uid = os.path.basename(os.path.realpath(folder)), header.study_uid
@@ -4247,10 +4260,27 @@ def search_folder(top: Path) -> list[Study]:
             if not is_study and len(study.files) > 1:
                 study.path = Path(os.path.commonpath([file.parent for file in study.files]))
     if skipped:
-        warn(f"{top}: {len(skipped)} files are no images and are left out, such as {skipped[0]}")
+        warn(f"{top}: {len(skipped)} of the files are no images, left out, such as {skipped[0]}")
     errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
               for error in closed]
     return [*found.values(), *errors]
+
+
+def input_header(path: Path) -> ImageHeader | None:
+    """Return what a file in a folder says about itself, or None if it is to be left out.
+
+    That is what --predict saved there, and what is no image; but a damaged file with an image's
+    suffix is an input, which fails.
+    """
+    if is_own_figure(path):
+        return None
+    header = read_header(path)
+    if header or path.suffix.lower() not in IMAGE_SUFFIXES:
+        return header
+    is_report = False
+    with OPTIONAL:
+        is_report = path.is_file() and _image_format(path.read_bytes()) == "DICOM"
+    return None if is_report else ImageHeader("")
 
 
 def is_own_figure(path: Path) -> bool:
@@ -4292,9 +4322,9 @@ class Predictor:
             UserError: nothing in it can be read, or its DICOM files are of several studies.
         """
         path = Path(path)
-        names = [path / name for name in file_names(path)] if path.is_dir() else [path]
-        headers = {file: read_header(file) for file in names if not is_own_figure(file)}
-        files = [file for file, header in headers.items() if header or file == path]
+        names = [path / name for name in file_names(path)] if path.is_dir() else []
+        headers = {file: input_header(file) for file in names}
+        files = [file for file in names if headers[file]] if path.is_dir() else [path]
         uids = {header.study_uid for header in headers.values() if header} - {""}
         if len(uids) > 1:
             raise UserError(f"{path}: holds files of several studies; put each into its own folder")
@@ -4543,7 +4573,8 @@ def print_result(study: Study, prevalence: float | None) -> None:
     if len(study.views) < 2:
         log(f"{study.path}: {study.summary} ({notes})")
         return
-    log(f"{study.path}: {study.summary} ({notes}, {len(study.views)} views)")
+    count = f"{len(study.readable)} of {len(study.views)}" if study.error else len(study.views)
+    log(f"{study.path}: {study.summary} ({notes}, {count} views)")
     for view in study.readable:
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
@@ -4684,7 +4715,8 @@ def export_command(config: Config, signals: StopSignals) -> int:
 
 def command_line(arguments: Sequence[str]) -> str:
     """Return the command that starts this program with these arguments, for a shell."""
-    return shlex.join(["python", sys.argv[0], *arguments])
+    is_found = shutil.which("python") == sys.executable
+    return shlex.join(["python" if is_found else sys.executable, sys.argv[0], *arguments])
 
 
 def start(config: Config) -> tuple[DevicePrecision, Distributed]:
@@ -4785,7 +4817,8 @@ def saved_state(config: Config) -> Content:
                         "case")
     if not config.overwrite and is_main_process():
         files = [config.file(ending) for ending in RUN_FILES]
-        require_new(files, "--resume continues that run, --overwrite replaces it")
+        goes_on = "--resume continues that run, " if path.exists() else ""
+        require_new(files, f"{goes_on}--overwrite replaces it, or use another --checkpoint")
     return {}
 
 
@@ -5232,7 +5265,11 @@ def run_as_script(config: Config) -> int:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal has gone: the run goes on
     code = main(config)
-    return code or int(any(stream.lost for stream in streams))
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        if stream.lost:
+            warn(f"{name}: could not be written, so lines are missing there")
+            code = code or EXIT_FAILED
+    return code
 
 
 if __name__ == "__main__":

@@ -668,6 +668,9 @@ def test_the_exit_code_says_that_output_was_lost(
     monkeypatch.setattr(mura, "main", command)
     assert mura.run_as_script(mura.Config()) == code
     assert done == [0, 1, 2]
+    if which == "stdout":
+        told = "stdout: could not be written" in sys.stderr.stream.getvalue()
+        assert told == bool(code)
 
 
 def test_streams_that_are_not_there_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1443,6 +1443,10 @@ def test_dicom_that_is_refused(tmp_path):
         "Rows is missing or 0": dicom(VALUES, Rows=0),
         "Columns is missing or 0": dicom(VALUES, Columns=0),
         "BitsAllocated is missing or 0": dicom(VALUES, BitsAllocated=0),
+        "20 bits stored of 16": dicom(VALUES, BitsStored=20),
+        "0 bits stored of 16": dicom(VALUES, BitsStored=0, HighBit=0),
+        "transfer syntax is not known": dicom(VALUES).replace(
+            b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.9.9\0"),
         "a side of more than 65535": png(np.zeros((65_536, 1), np.uint8)),
         "do not say where the pixels are": tiff(VALUES).replace(
             struct.pack("<HH", 273, 4), struct.pack("<HH", 65_000, 4)),

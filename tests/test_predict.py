@@ -452,6 +452,19 @@ def test_differences_of_models_are_paired(evaluated: dict[str, Path], pair: list
     assert "models" not in alone[0] and "differences" not in alone[0]
 
 
+def test_the_report_of_other_data_is_not_replaced(
+    evaluate: Ask, pair: list[Path], tmp_path: Path, capsys: Captured
+) -> None:
+    """Neither of fewer body parts; but of the same data and model by another path it is."""
+    assert evaluate() == 0
+    before = Path("e.report.json").read_bytes()
+    assert evaluate("--tasks", "HUMERUS") == mura.EXIT_USAGE
+    assert "it is of another split, model or data" in error_line(capsys.readouterr())
+    assert Path("e.report.json").read_bytes() == before
+    assert evaluate(models=[Path(os.path.relpath(pair[0]))]) == 0
+    assert evaluate("--tasks", "HUMERUS", "--overwrite") == 0
+
+
 def test_the_report_of_another_split_or_ensemble_is_not_replaced(
     evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -711,7 +724,7 @@ def test_training_says_what_is_best_and_what_comes_next(
     assert "no valid/" in printed.err and not model.with_name("m.report.json").exists()
     best, following = printed.out.splitlines()[-2:]
     assert best == f"best model: {model} (epoch 1 of 1, by val accuracy)"
-    assert following == f"next: python {sys.argv[0]} --predict IMAGE --checkpoint '{model}'"
+    assert following.endswith(f" {sys.argv[0]} --predict IMAGE --checkpoint '{model}'")
 
 
 def test_a_table_of_labels_is_trained_on(phantoms: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -877,9 +890,10 @@ def test_content_decides_in_folders_and_what_is_left_out_is_counted_once(
         (root / name).write_text("no image")
     os.mkfifo(root / "in/pipe.png")
     found = {path: len(files) for path, files, _ in collected(root / "in", root=root)}
-    assert found == {"in/scan": 1, "in/x.dat": 1, "in/image1.png/inner.png": 1, "in/study1": 2}
+    assert found == {"in/scan": 1, "in/x.dat": 1, "in/image1.png/inner.png": 1, "in/study1": 2,
+                     "in/notes.png": 1, "in/pipe.png": 1}, "what is named as an image is one"
     line = error_line(capsys.readouterr())
-    assert f"{root / 'in'}: 4 files are no images and are left out" in line
+    assert f"{root / 'in'}: 2 of the files are no images, left out" in line
     monkeypatch.chdir(root / "in" / "study1")
     (item,) = mura.collect_inputs([Path()])
     assert len(item.files) == 2, "a study folder is known from within"
@@ -958,7 +972,7 @@ def test_a_cd_of_dicom_files_without_suffix_is_grouped_by_examination(
     assert len(rows["1.2.3.1"]["views"]) == len(views)
     probability = pool(list(compute_probabilities(pair[0], views)), 0.6)
     assert rows["1.2.3.1"]["probability"] == pytest.approx(probability, abs=2e-6)
-    assert "2 files are no images" in printed.err
+    assert "2 of the files are no images" in printed.err
     assert "Doe" not in printed.out + printed.err + Path("r.json").read_text()
     assert "1970" not in printed.out + printed.err + Path("r.json").read_text()
     knee = [line for line in printed.err.splitlines() if "KNEE" in line]
@@ -968,6 +982,25 @@ def test_a_cd_of_dicom_files_without_suffix_is_grouped_by_examination(
     assert {row["study_uid"] for row in read_rows(Path("r.csv"))} == {"1.2.3.1", "1.2.3.2", ""}
     assert ask(cd / "DICOM/S0/IM9", "--output", "one.csv") == 0
     assert read_rows(Path("one.csv"))[0]["study_uid"] == "1.2.3.2", "also of a file that is named"
+
+
+def test_a_damaged_view_is_told_and_not_left_out(
+    ask: Ask, image: Path, pair: list[Path], tmp_path: Path, capsys: Captured
+) -> None:
+    """Empty, cut or of another kind: the study has its answer, an error, and the exit code 3."""
+    folder = plant(tmp_path, image, "study1/a.png") / "study1"
+    whole = write_dicom(tmp_path / "whole", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
+    damaged = {"b.png": b"", "c.png": b"no image", "d.dcm": whole.read_bytes()[:200]}
+    for name, content in damaged.items():
+        (folder / name).write_bytes(content)
+    (folder / "e.png").symlink_to("nowhere.png")
+    assert ask(folder, "--output", "r.json") == mura.EXIT_SOME_FAILED
+    (row,) = read_json("r.json")
+    assert row["prediction"] and [Path(view["path"]).name for view in row["views"]] == [
+        "a.png", "b.png", "c.png", "d.dcm", "e.png"]
+    assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
+    assert "1 of 5 views" in capsys.readouterr().out
+    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 5
 
 
 def test_a_study_folder_of_two_examinations_is_two_studies(
