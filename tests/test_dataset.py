@@ -242,7 +242,8 @@ def test_content_decides_where_the_name_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "train" / STUDY
     picture(folder / "IM0001")
     picture(folder / "scan.2019")
-    (folder / "IM0002").write_bytes(b"\0" * 128 + b"DICM")  # without Rows: as a DICOMDIR
+    header = b"DICM\x08\0\x05\0CS\x0a\0ISO_IR 100"
+    (folder / "IM0002").write_bytes(b"\0" * 128 + header)  # without Rows: as a DICOMDIR
     (folder / "README").write_text("images of an elbow")
     scan = mura.scan_split(tmp_path, "train")
     assert names(scan) == [f"{STUDY}/IM0001", f"{STUDY}/scan.2019"]
