@@ -4247,15 +4247,16 @@ def search_folder(top: Path) -> list[Study]:
     closed: list[OSError] = []
     skipped: list[str] = []
     found: dict[object, Study] = {}
+    uids: dict[Path, str] = {}
     for path in walk_files(top, closed.append):
         header, folder = input_header(path), path.parent
         if not header:
             skipped.append(path.name)
         else:
-            name, uid = os.path.basename(os.path.realpath(folder)), header.study_uid
+            name, uids[path] = os.path.basename(os.path.realpath(folder)), header.study_uid
             is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
-            key, place = ((folder, uid), folder) if is_study else (uid or path, path)
-            study = found.setdefault(key, Study(place, uid=uid))
+            key, place = (folder, folder) if is_study else (uids[path] or path, path)
+            study = found.setdefault(key, Study(place))
             study.files.append(path)
             if not is_study and len(study.files) > 1:
                 study.path = Path(os.path.commonpath([file.parent for file in study.files]))
@@ -4263,7 +4264,17 @@ def search_folder(top: Path) -> list[Study]:
         warn(f"{top}: {len(skipped)} of the files are no images, left out, such as {skipped[0]}")
     errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
               for error in closed]
-    return [*found.values(), *errors]
+    studies = [part for study in found.values() for part in split_examinations(study, uids)]
+    return [*studies, *errors]
+
+
+def split_examinations(study: Study, uids: Mapping[Path, str]) -> list[Study]:
+    """Return a study with its UID, or one for each UID of its files, and one for those without."""
+    known = dict.fromkeys(uids[file] for file in study.files if uids[file])
+    if len(known) < 2:
+        return [replace(study, uid="".join(known))]
+    groups = {uid: [file for file in study.files if uids[file] == uid] for uid in [*known, ""]}
+    return [replace(study, files=files, uid=uid) for uid, files in groups.items() if files]
 
 
 def input_header(path: Path) -> ImageHeader | None:

@@ -991,16 +991,18 @@ def test_a_damaged_view_is_told_and_not_left_out(
     folder = plant(tmp_path, image, "study1/a.png") / "study1"
     whole = write_dicom(tmp_path / "whole", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
     damaged = {"b.png": b"", "c.png": b"no image", "d.dcm": whole.read_bytes()[:200]}
+    shutil.copy(whole, folder / "f.dcm")
     for name, content in damaged.items():
         (folder / name).write_bytes(content)
     (folder / "e.png").symlink_to("nowhere.png")
     assert ask(folder, "--output", "r.json") == mura.EXIT_SOME_FAILED
     (row,) = read_json("r.json")
     assert row["prediction"] and [Path(view["path"]).name for view in row["views"]] == [
-        "a.png", "b.png", "c.png", "d.dcm", "e.png"]
+        "a.png", "b.png", "c.png", "d.dcm", "e.png", "f.dcm"]
+    assert row["study_uid"] == "1.2.3"
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
-    assert "1 of 5 views" in capsys.readouterr().out
-    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 5
+    assert "2 of 6 views" in capsys.readouterr().out
+    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
 
 
 def test_a_study_folder_of_two_examinations_is_two_studies(
