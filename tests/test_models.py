@@ -795,8 +795,8 @@ def test_gradcam_is_in_logits(name: str, network: Any) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(logits, network(draw_images(3)), atol=1e-5, rtol=1e-5)
     cells = (SIDE // 32) ** 2
-    evidence = peer_maps(name, 1)["grad_cam", 3]
-    torch.testing.assert_close(evidence.mean((1, 2)) * cells, logits - network.head.bias, atol=1e-4, rtol=1e-4)
+    signed = peer_maps(name, 1)["grad_cam", 3]
+    torch.testing.assert_close(signed.mean((1, 2)) * cells, logits - network.head.bias, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_gives_what_single_images_give(name: str, network: Any) -> None:
