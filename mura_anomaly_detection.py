@@ -4192,6 +4192,10 @@ class Study:
         """Probability of the predicted class."""
         return self.probability if self.label == "abnormal" else 1 - self.probability
 
+    def at_prevalence(self, prevalence: float) -> float:
+        """Return the probability where this fraction is abnormal."""
+        return float(correct_prevalence(np.array(self.probability), prevalence))
+
     @property
     def heatmaps(self) -> list[Array]:
         """The heatmap of each readable view, (H, W)."""
@@ -4333,13 +4337,14 @@ class Predictor:
             UserError: nothing in it can be read, or its DICOM files are of several studies.
         """
         path = Path(path)
-        names = [path / name for name in file_names(path)] if path.is_dir() else []
+        names = [path / name for name in file_names(path)] if path.is_dir() else [path]
         headers = {file: input_header(file) for file in names}
-        files = [file for file in names if headers[file]] if path.is_dir() else [path]
-        uids = {header.study_uid for header in headers.values() if header} - {""}
-        if len(uids) > 1:
+        files = [file for file in names if headers[file] or file == path]
+        uids = {file: header.study_uid if header else "" for file, header in headers.items()}
+        parts = split_examinations(Study(path, files), uids)
+        if len(parts) > 1:
             raise UserError(f"{path}: holds files of several studies; put each into its own folder")
-        (study,) = self.studies([Study(path, files, uid="".join(uids))])
+        (study,) = self.studies(parts)
         if not study.label:
             raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
         return study
@@ -4548,8 +4553,7 @@ def full_row(config: Config, study: Study) -> Content:
         "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT),
         "views": list(map(output_row, views))}
     if config.prevalence and study.label:
-        corrected = correct_prevalence(np.array(study.probability), config.prevalence)
-        row["probability_at_prevalence"] = float(corrected)
+        row["probability_at_prevalence"] = study.at_prevalence(config.prevalence)
     return row
 
 
@@ -4579,8 +4583,7 @@ def print_result(study: Study, prevalence: float | None) -> None:
         return
     notes = f"probability of abnormal {percent(study.probability)}"
     if prevalence:
-        corrected = correct_prevalence(np.array(study.probability), prevalence)
-        notes += f", {percent(float(corrected))} at --prevalence"
+        notes += f", {percent(study.at_prevalence(prevalence))} at --prevalence"
     if len(study.views) < 2:
         log(f"{study.path}: {study.summary} ({notes})")
         return
