@@ -1572,15 +1572,15 @@ def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
 ) -> Iterator[Any]:
     """Yield function(item) in order, computed in threads at most `ahead` in advance."""
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         futures = (pool.submit(function, item) for item in items)
         waiting = deque(itertools.islice(futures, ahead))
-        try:
-            while waiting:
-                waiting.extend(itertools.islice(futures, 1))
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            waiting.extend(itertools.islice(futures, 1))
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def core_count() -> int:
@@ -3032,6 +3032,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         *headline_table("minus the first", report.get("differences", {})),
         "[low,high]: 95 %, bootstrap over patients; none if too few studies or undefined (-)",
     ])
+
+
 # ===== 8 training =================================================================================
 
 # The choices of --select: is more better? Each is val_NAME in STEM.history.csv; besides loss and
@@ -3515,7 +3517,7 @@ def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     return file.getvalue()
 
 
-# ----- history and report
+# ---- history and report ----
 
 
 def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int) -> bytes:
@@ -3669,7 +3671,7 @@ def plot_report(report: Mapping[str, Any], images: Predictions, studies: Predict
         return save_figure(figure)
 
 
-# ----- explanation and gallery
+# ---- explanation and gallery ----
 
 
 @dataclass(frozen=True)
@@ -3859,7 +3861,7 @@ def gallery_pages(images: Predictions, threshold: float) -> Iterator[tuple[str, 
             yield f"{name}_{page}.png", heading, chosen
 
 
-# ----- windows
+# ---- windows ----
 
 
 def choose_backend() -> None:
@@ -3903,6 +3905,8 @@ def show_windows() -> None:
     from matplotlib import pyplot
 
     pyplot.show()
+
+
 # ===== 10 evaluate, predict, export ===============================================================
 
 HEATMAP_ENDING = "_heatmap.png"  # of figures that --predict names by itself
@@ -5076,8 +5080,9 @@ def _plan_images(folder: str, first_patient: int, count: int) -> dict[str, str]:
     return images
 
 
-def _write_phantom(folder: Path, size: int, seed: int, path: str, kind: str) -> str:
+def _write_phantom(image: tuple[str, str], folder: Path, size: int, seed: int) -> str:
     """Draw and save one image, as path, kind and seed decide; return its row of PHANTOM_LIST."""
+    path, kind = image
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     pixels, box = draw_phantom(rng, size, path.split("/")[2], kind)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -5103,9 +5108,8 @@ def write_phantoms(
         for order, part in enumerate(parts):  # some patients come with two body parts, as in MURA
             patient = first_patient + order * count // 2
             images |= _plan_images(f"{root.name}/{split}/{part}", patient, count)
-        with ThreadPoolExecutor() as pool:
-            write = partial(_write_phantom, folder, size, seed)
-            lesions += filter(None, pool.map(write, images, images.values()))
+        write = partial(_write_phantom, folder=folder, size=size, seed=seed)
+        lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
         labels = [f"{path.rpartition('/')[0]}/,{int(kind != '')}" for path, kind in images.items()]
         (root / f"{split}_image_paths.csv").write_text("\n".join(images))
         (root / f"{split}_labeled_studies.csv").write_text("\n".join(dict.fromkeys(labels)))

@@ -18,6 +18,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,30 +151,29 @@ def reset(network: Any, names: list[str]) -> None:
             module.reset_parameters()
 
 
-def randomised(study: Study, method: str, images: int = 12, draws: int = 6) -> None:
+def randomised(study: Study, method: str, images: int = 12, draws: int = 12) -> None:
     """Print the correlation with the original map of maps of a network that is reset from the top.
 
-    The mean over images and draws, and the largest mean of a draw; a cold map has a correlation of 0.
+    Maps are those that --predict saves, so an image that a reset network calls normal has a cold map,
+    whose correlation is 0. The mean over images and draws, and the largest mean of a draw.
     """
-    records = [record for record in study.records if record.label][:images]
-    pixels = [mura.read_radiograph(Path(record.path)).pixels for record in records]
-    squares = np.stack([mura.resize_square(image, *study.model.shape) for image in pixels])
-    inputs = study.model.normalization(mura.to_unit(torch.from_numpy(squares)[:, None]))
-    sign, cam = torch.ones(len(records)), mura.CAM_METHODS[method]
-    original = mura.class_activation_map(study.model.network, inputs, cam, sign)[1]
+    called = [(record, result.heatmaps[0]) for record, result in study.results(method)
+              if record.label and result.label == "abnormal"][:images]
+    study = copy.copy(study)
+    study.records = [record for record, _ in called]
     stages = study.model.network.architecture.stages[::-1]
     layers: dict[str, list[str]] = {"head": []}
     layers |= {f"stride {stage.stride}": stage.layers.split() for stage in stages}
     found = np.zeros((draws, len(layers)))
     for draw in range(draws):
         torch.manual_seed(draw)
-        network = copy.deepcopy(study.model.network)
+        model = replace(study.model, network=copy.deepcopy(study.model.network))
+        study.ensemble = replace(study.ensemble, models=[model])
         for column, names in enumerate(layers.values()):
-            reset(network, names)
-            maps = mura.class_activation_map(network, inputs, cam, sign)[1]
-            pairs = [(a.flatten(), b.flatten()) for a, b in zip(original, maps, strict=True)]
-            found[draw, column] = np.mean(
-                [np.corrcoef(a, b)[0, 1] if a.any() and b.any() else 0 for a, b in pairs])
+            reset(model.network, names)
+            maps = [result.heatmaps[0] for _, result in study.results(method)]
+            pairs = zip((heat.ravel() for _, heat in called), (heat.ravel() for heat in maps), strict=True)
+            found[draw, column] = np.mean([np.corrcoef(a, b)[0, 1] if b.any() else 0 for a, b in pairs])
     shown = zip(layers, found.mean(axis=0), found.max(axis=0), strict=True)
     print(f"{method:8} randomised, {draws} draws: "
           + ", ".join(f"{name} {mean:+.2f} (up to {top:+.2f})" for name, mean, top in shown), flush=True)

@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -1340,6 +1341,22 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(changed: bool, roo
     one_line(error)
     assert set((root.parent / "cache").iterdir()) == names
     require_right(mura.MuraDataset(decoded(root)))
+
+
+def test_a_stop_while_images_are_handed_to_threads_reads_no_further() -> None:
+    read = []
+
+    def images() -> Iterator[int]:
+        yield from range(20)
+        raise mura.Stopped(signal.SIGTERM)
+
+    def read_slowly(image: int) -> None:
+        read.append(image)
+        time.sleep(0.05)
+
+    with pytest.raises(mura.Stopped):
+        next(mura.map_ahead(read_slowly, images(), workers=1, ahead=30))
+    assert len(read) < 20
 
 
 # ---- images that cannot be read ---------------------------------------------------------------
