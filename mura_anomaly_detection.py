@@ -438,7 +438,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import TiffImagePlugin as Tiff
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -881,6 +882,7 @@ OUTLIERS = 1000  # one pixel of so many may be darker than black, and one bright
 MIN_CONTRAST = 8  # grey levels from the 0.5th to the 99.5th percentile: below, nothing was imaged
 MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B): a small coloured mark stays below
 JPEG_END = b"\xff\xd9"
+NEW_SUBFILE_TYPE = 254  # TIFF 6.0; Pillow names the other tags
 PNG_CHUNKS = b"IHDR PLTE tRNS IDAT".split()  # on which pixels depend
 JPEG_SIZE = re.compile(  # T.81 SOF, T.800 SIZ
     rb"(?s)\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\x02-\x10](..)(..)"
@@ -1042,11 +1044,12 @@ def _pixel_chunks(data: bytes) -> bytes:
     return bytes(kept) + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-class _TiffFile(TiffImagePlugin.TiffImageFile):
+class _TiffFile(Tiff.TiffImageFile):
     """A TIFF file of which the tags are read, too, where Pillow cannot decode the pixels."""
 
     def _setup(self) -> None:
-        self._mode, self._size = "L", (self.tag_v2[256], self.tag_v2[257])
+        self._mode = "L"
+        self._size = self.tag_v2[Tiff.IMAGEWIDTH], self.tag_v2[Tiff.IMAGELENGTH]
         with OPTIONAL:  # else it has no tiles
             super()._setup()
 
@@ -1060,20 +1063,22 @@ def _check_tiff(image: _TiffFile) -> bool:
         BadImage: Pillow does not decode it, or otherwise than its tags say.
     """
     tags, (width, height), several = image.tag_v2, image.size, False
-    _check_size(tags.get(322, 1), tags.get(323, 1))  # of a tile
-    if not {273, 324} & {*tags}:  # StripOffsets, TileOffsets
+    _check_size(tags.get(Tiff.TILEWIDTH, 1), tags.get(Tiff.TILELENGTH, 1))
+    if not {Tiff.STRIPOFFSETS, Tiff.TILEOFFSETS} & {*tags}:
         raise BadImage("damaged: its tags do not say where the pixels are")
-    bits, sample, planes = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(284, 1)
+    bits, sample = (tags.get(tag, (1,))[0] for tag in (Tiff.BITSPERSAMPLE, Tiff.SAMPLEFORMAT))
+    planes = tags.get(Tiff.PLANAR_CONFIGURATION, 1)
     if not image.tile or (bits, sample) in ((8, 2), (32, 1)) or (planes == 2 and bits != 8):
         raise BadImage(f"{bits}-bit TIFF is not supported (byte order {tags.prefix.decode()}, "
-                       f"SampleFormat {sample}, PhotometricInterpretation {tags.get(262)}, "
-                       f"PlanarConfiguration {planes}, Compression {tags.get(259)})")
+                       f"SampleFormat {sample}, "
+                       f"PhotometricInterpretation {tags.get(Tiff.PHOTOMETRIC_INTERPRETATION)}, "
+                       f"PlanarConfiguration {planes}, Compression {tags.get(Tiff.COMPRESSION)})")
     with OPTIONAL:  # EOFError: that was the last
         for index in range(1, 16):  # one image has fewer overviews
             image.seek(index)
             wide, high = image.size
             is_overview = wide < width and abs(wide * height - high * width) < max(width, height)
-            several |= not (is_overview or tags.get(254, 0) & 5)
+            several |= not (is_overview or tags.get(NEW_SUBFILE_TYPE, 0) & 5)
     image.seek(0)
     return several
 
@@ -1085,11 +1090,12 @@ def _to_grey(image: Image.Image) -> tuple[Pixels, float]:
         values = np.array(image)
         values[values == image.info.get("transparency", np.nan)] = 0
         grey = _scale(values, *_robust_range(values))
-        return ~grey if tags.get(262) == 0 else grey, 0.0  # white is zero
+        is_negative = tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is zero
+        return ~grey if is_negative else grey, 0.0
     if image.mode == "L" and not image.has_transparency_data:
         return np.array(image), 0.0
-    if max(tags.get(320, (256,))) < 256:  # TIFF 6.0 has palettes of 0 to 65535
-        image.putpalette(bytes(tags[320]), "RGB;L")
+    if max(tags.get(Tiff.COLORMAP, (256,))) < 256:  # TIFF 6.0 has palettes of 0 to 65535
+        image.putpalette(bytes(tags[Tiff.COLORMAP]), "RGB;L")
     colour = image.convert("RGB")
     if image.has_transparency_data:  # lies on black
         *colours, alpha = image.convert("RGBA").convert("RGBa").split()
@@ -2249,22 +2255,21 @@ class CamMethod:
     """A class activation map: the product of maps of several stages, or one stage's map.
 
     Each map is placed cell by cell, averaged over flips and only then clipped at 0, so that what
-    speaks for and against the class nearby cancels. The product is scaled: its peak is the
-    calibrated log odds of the explained class above the threshold, and it is 0 where that class was
-    not predicted. Classical Grad-CAM alone is not scaled: it is in logits by itself, clipped first
-    and enlarged bilinearly.
+    speaks for and against the class nearby cancels. The product's peak is the calibrated log odds
+    of the explained class above the threshold, and it is 0 where that class was not predicted. A
+    `classical` map is clipped first, enlarged bilinearly, and in logits by itself.
     """
 
     terms: tuple[tuple[int, CamRule], ...]  # stage and rule of each map
     unit: str = "peak: log odds above the threshold"
-    scaled: bool = True
+    classical: bool = False
 
 
 CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
     "fine": CamMethod((
         (0, layer_cam), (1, partial(layer_cam, negative=0.5)),
         (2, partial(layer_cam, negative=0.5)), (3, grad_cam))),
-    "gradcam": CamMethod(((3, grad_cam),), "logits", scaled=False),
+    "gradcam": CamMethod(((3, grad_cam),), "logits", classical=True),
 }
 
 
@@ -2296,8 +2301,8 @@ def stage_maps(
     maps = []
     for index, rule in method.terms:
         found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
-        scaled = method.scaled
-        maps.append(enlarge(found, side, stages[index]) if scaled else enlarge(found.relu(), side))
+        placed = None if method.classical else stages[index]
+        maps.append(enlarge(found.relu() if method.classical else found, side, placed))
     return logits.detach(), torch.stack(maps)
 
 
@@ -2337,7 +2342,7 @@ def class_activation_map(
     if tta:
         flipped_logits, flipped = stage_maps(network, images.flip(3), method, sign)
         logits, maps = (logits + flipped_logits) / 2, (maps + flipped.flip(3)) / 2
-    return logits, peak_of_one(peak_of_one(maps).prod(0)) if method.scaled else maps[0]
+    return logits, maps[0] if method.classical else peak_of_one(peak_of_one(maps).prod(0))
 
 
 def resize_map(heat: Array, height: int, width: int) -> Array:
@@ -2464,7 +2469,7 @@ class Ensemble:
                 logits, heat = class_activation_map(
                     model.network, inputs, method, sign, tta=model.tta)
             rows.append(logits)
-            maps.append(heat * sign[:, None, None] / (1 if method.scaled else model.temperature))
+            maps.append(heat * sign[:, None, None] / (model.temperature if method.classical else 1))
         return torch.stack(rows), maps
 
     def predict_dataset(
@@ -2846,7 +2851,7 @@ def with_interval(
     return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
 
 
-def evaluate(
+def evaluate_predictions(
     images: Predictions, threshold: float, *, study_temperature: float = 1.0, resamples: int = 1000,
     seed: int = 0, prevalence: float | None = None,
 ) -> Content:
@@ -3262,6 +3267,8 @@ class Trainer:
         targets = self.train_targets[:, batch[self.mine]].to(device, non_blocking=True)
         lam = draw_mixup(config, *key)  # the rest is the next image, in pixels and in the loss
         images, partners = torch.lerp(images.roll(-1, 0), images, lam), targets.roll(-1, 1)
+        seeds = random_stream("dropout", config.seed, *key, self.distributed.rank)
+        torch.manual_seed(int(seeds.integers(2**63)))  # networks that have it resume exactly
         steps = min(config.grad_accum_steps, len(images))
         pieces = zip(images.tensor_split(steps), targets.tensor_split(steps, 1),
                      partners.tensor_split(steps, 1), strict=True)
@@ -3333,6 +3340,7 @@ class Trainer:
                 yield self.normalization(to_unit(pixels))
                 update(len(pixels))
 
+        torch.manual_seed(config.seed)  # as in `backward`
         with self.hardware.autocast():
             torch.optim.swa_utils.update_bn(inputs(), self.network)
 
@@ -4042,7 +4050,7 @@ def make_report(
         notes.append("The threshold was chosen on these studies: metrics at it are optimistic.")
     sampling: Content = {"resamples": config.bootstrap, "seed": config.seed}
     measure: Callable[..., Content] = partial(
-        evaluate, threshold=threshold, prevalence=config.prevalence, **sampling)
+        evaluate_predictions, threshold=threshold, prevalence=config.prevalence, **sampling)
     report = {
         "split": scan.split, "checkpoints": [str(model.path) for model in models],
         "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
@@ -4429,7 +4437,7 @@ class Predictor:
         view.cam = np.maximum(sign * np.mean(maps, axis=0), 0)
         view.inputs = view.maps = ()
         above = sign * log_odds_above(view.probability, self.threshold)
-        if self.method.scaled:
+        if not self.method.classical:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
         box = strongest_region(view.cam)
         if box and sign > 0 and above > 0:

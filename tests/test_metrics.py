@@ -280,7 +280,7 @@ def test_pooling_by_hand() -> None:
     assert studies.label.tolist() == [0, 1, 0]
     assert studies.patient.tolist() == ["a", "a", "b"]
     assert studies.body_part.tolist() == ["WR", "EL", "EL"]
-    found = mura.evaluate(images, 0.5, resamples=10)
+    found = mura.evaluate_predictions(images, 0.5, resamples=10)
     image, study = found["levels"]["image"], found["levels"]["study"]
     assert image["accuracy"]["value"] == pytest.approx(4 / 6)  # wrong: 0.3 of a and 0.6 of b
     assert study["accuracy"]["value"] == 1
@@ -322,7 +322,7 @@ def test_body_parts_are_evaluated_on_their_own_images() -> None:
     label, probability = random.integers(0, 2, 60), random.random(60)
     part = np.array(["XR_WRIST", "XR_ELBOW"])[random.integers(0, 2, 60)]
     images = predictions(label, probability, part=part)
-    found = mura.evaluate(images, 0.4, resamples=20, prevalence=0.2)
+    found = mura.evaluate_predictions(images, 0.4, resamples=20, prevalence=0.2)
     assert list(found["body_parts"]) == ["XR_ELBOW", "XR_WRIST"]
     for name, levels in found["body_parts"].items():
         chosen = part == name
@@ -334,8 +334,8 @@ def test_body_parts_are_evaluated_on_their_own_images() -> None:
 
 def test_the_study_temperature_is_that_of_the_study_level() -> None:
     images = cohort(np.random.default_rng(0), 60)
-    plain = mura.evaluate(images, 0.5, resamples=10)
-    sharper = mura.evaluate(images, 0.5, study_temperature=0.3, resamples=10)
+    plain = mura.evaluate_predictions(images, 0.5, resamples=10)
+    sharper = mura.evaluate_predictions(images, 0.5, study_temperature=0.3, resamples=10)
     assert sharper["levels"]["image"] == plain["levels"]["image"]
     expected = mura.pool_studies(images, 0.3)
     brier = np.mean((expected.probability - expected.label) ** 2)
@@ -362,7 +362,7 @@ def test_a_new_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def study_level(images: mura.Predictions, resamples: int = 100, seed: int = 0, **more: Any) -> Any:
     """Evaluate at 0.5 and return the study level."""
-    return mura.evaluate(images, 0.5, resamples=resamples, seed=seed, **more)["levels"]["study"]
+    return mura.evaluate_predictions(images, 0.5, resamples=resamples, seed=seed, **more)["levels"]["study"]
 
 
 def test_intervals_repeat_with_the_seed_and_ignore_order_and_names() -> None:
@@ -444,7 +444,7 @@ def test_it_is_studies_that_are_counted_not_their_images() -> None:
     label = np.repeat([1, 0], [45, 60])
     study = [f"a{i // 5}" for i in range(45)] + [f"n{i}" for i in range(60)]
     images = predictions(label, np.random.default_rng(0).random(105), study, study)
-    found = mura.evaluate(images, 0.5, resamples=50)["levels"]["image"]
+    found = mura.evaluate_predictions(images, 0.5, resamples=50)["levels"]["image"]
     assert found["sensitivity"]["low"] is None
     assert found["specificity"]["low"] is not None
 
@@ -565,7 +565,7 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     held: dict[str, list[bool]] = {name: [] for name in mura.METRICS}
     for repeat in range(50):
         images = cohort(random, 80)
-        found = mura.evaluate(images, 0.5, resamples=200, seed=repeat, prevalence=0.2)["levels"]
+        found = mura.evaluate_predictions(images, 0.5, resamples=200, seed=repeat, prevalence=0.2)["levels"]
         for level, values in truth.items():
             for name, value in values.items():
                 low, high = (found[level][name][key] for key in ("low", "high"))
@@ -868,7 +868,7 @@ def report_of(images: mura.Predictions, threshold: float = 0.5, **more: Any) -> 
     return {
         "split": "valid", "checkpoints": ["a.pth"], "threshold": threshold,
         "threshold_source": "auto on val", "notes": ["a long note of the report file. " * 9],
-        **mura.evaluate(images, threshold, resamples=50, prevalence=more.get("prevalence")), **more,
+        **mura.evaluate_predictions(images, threshold, resamples=50, prevalence=more.get("prevalence")), **more,
     }
 
 

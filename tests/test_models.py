@@ -753,7 +753,7 @@ def test_gradcam_equals_pytorch_grad_cam(name: str, sign: int) -> None:
 def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
     name: str, network: Any, stage: int, sign: int, rule: str, negative: float
 ) -> None:
-    method = mura.CamMethod(((stage, partial(mura.layer_cam, negative=negative)),), "", scaled=False)
+    method = mura.CamMethod(((stage, partial(mura.layer_cam, negative=negative)),), "", classical=True)
     peer, ours = peer_maps(name, sign)[rule, stage].relu(), cam(network, method, sign)
     assert ours.amax((1, 2)).max() > 0
     torch.testing.assert_close(ours, enlarged(peer), atol=1e-5 * float(peer.max()), rtol=0)

@@ -526,7 +526,7 @@ def evaluated(
         "threshold": threshold,
         "threshold_source": "default",
         "is_mura": False,
-        **mura.evaluate(images, threshold, resamples=20),
+        **mura.evaluate_predictions(images, threshold, resamples=20),
         **more,
     }
     return report, images, mura.pool_studies(images)

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -915,6 +915,26 @@ def test_a_run_stopped_in_every_batch_ends_as_one_left_alone(
     assert codes == [130] * (2 * batches_of(untested, checkpoint)) + [0]
     assert (scale < 65536) == ("fp16" in flags)
     assert same(checkpoint, tmp_path / "whole.pth")
+
+
+def test_a_network_with_dropout_goes_on_as_one_left_alone(
+    untested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its random numbers follow from seed and batch, as all others do."""
+    tiny = tiny_architecture()
+
+    def with_dropout() -> Any:
+        network = tiny.constructor()
+        network.relu1 = nn.Sequential(nn.ReLU(), nn.Dropout())
+        return network
+
+    monkeypatch.setitem(mura.ARCHITECTURES, "resnet50", replace(tiny, constructor=with_dropout))
+    checkpoint, whole = tmp_path / "run.pth", tmp_path / "whole.pth"
+    assert run_inside(*training(untested, whole)) == 0
+    for batch in (2, batches_of(untested, whole)):  # the last: what follows is the validation
+        stop_in_batch(batch, signal.SIGTERM, training(untested, checkpoint, "--overwrite"))
+        assert run_inside(*resuming(untested, checkpoint)) == 0
+        assert same(checkpoint, whole)
 
 
 def test_a_signal_while_images_are_decoded_leaves_nothing(data: Path, tmp_path: Path) -> None:
