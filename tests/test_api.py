@@ -685,6 +685,89 @@ def test_the_demo_is_about_images_that_were_called_abnormal(
     assert f" of {count // 2} abnormal images that were called so" in out
 
 
+def drawn_demo(monkeypatch: pytest.MonkeyPatch, predictor: type[EverySecond]) -> list[Figure]:
+    """Leave of the demo what is quick, with a predictor; returns where its figures are collected.
+
+    The files of the figures stay empty.
+    """
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr(mura, "DEMO_STUDIES", (0, 2))
+    monkeypatch.setattr(mura, "DEMO_PARTS", ("XR_FOREARM",))
+    monkeypatch.setattr(mura, "train_command", lambda *_: 0)
+    monkeypatch.setattr(mura, "load_predictor", lambda _: predictor())
+    return figures
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_demo_marks_the_lesion_and_opens_a_window_where_one_can_open(
+    here: Path, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    """The window comes last: it waits for its user."""
+    from matplotlib import pyplot
+
+    figures = drawn_demo(monkeypatch, EverySecond)
+    monkeypatch.setattr(mura, "can_show", lambda no_show: not no_show)
+    shown: list[bool] = []
+    monkeypatch.setattr(mura, "show_windows", lambda: shown.append(Path("d/f.png").exists()))
+    flags = [] if windows else ["--no-show"]
+    assert run_inside("--demo", "d", "--figure", "d/f.png", *flags) == 0
+    assert shown == [True] * windows
+    pyplot.close("all")
+    (figure,) = figures
+    original, _, overlay = (np.asarray(image.get_array()) for image in figure.axes[0].images)
+    for picture in (original, overlay):
+        assert (picture[..., :3] == (124, 252, 0)).all(axis=2).sum() > 100
+
+
+class NeverAbnormal(EverySecond):
+    """A predictor that calls every image normal."""
+
+    def studies(self, inputs: list[mura.Study]) -> Iterator[mura.Study]:
+        for study in super().studies(inputs):
+            yield replace(study, probability=0.1)
+
+
+def test_the_demo_ends_well_where_nothing_is_called_abnormal(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = drawn_demo(monkeypatch, NeverAbnormal)
+    assert run_inside("--demo", "d", "--no-show") == 0
+    said = capsys.readouterr()
+    assert "nan" not in said.out and "called so" not in said.out
+    assert "demo: done" in said.out and said.err == ""
+    assert len(figures) == 1 and Path("d/demo_heatmap.png").exists()
+
+
+def test_the_demo_draws_into_no_folder_of_radiographs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mura, "write_phantoms", pytest.fail)
+    study = Path("d/MURA-v1.1/train/XR_FOREARM/patient00001/study1_negative")
+    study.mkdir(parents=True)
+    for flags in ([], ["--overwrite"]):
+        assert run_inside("--demo", "d", *flags) == 2
+        assert "d/MURA-v1.1 holds no phantoms; give another" in one_line(capsys.readouterr().err)
+    assert [path.name for path in Path("d").iterdir()] == ["MURA-v1.1"]
+
+
+def test_the_demo_replaces_a_finished_run_only_if_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise mura.UserError("drawn")
+
+    monkeypatch.setattr(mura, "write_phantoms", pytest.fail)
+    Path("d").mkdir()
+    Path("d/demo.report.json").touch()
+    assert run_inside("--demo", "d") == 2
+    said = one_line(capsys.readouterr().err)
+    assert "d/demo.report.json: is there already; --overwrite replaces it" in said
+    monkeypatch.setattr(mura, "write_phantoms", stop)
+    assert run_inside("--demo", "d", "--overwrite") == 2
+    assert "drawn" in one_line(capsys.readouterr().err)
+
+
 def test_the_seed_decides_what_the_demo_draws(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

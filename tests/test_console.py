@@ -270,6 +270,44 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path)
     assert not (tmp_path / "new" / "f.csv").exists()
 
 
+def test_a_link_that_hangs_is_there(tmp_path: Path) -> None:
+    """As where the disk with a model is not mounted: another file must not take its name."""
+    link = tmp_path / "m.pth"
+    link.symlink_to("nowhere.pth")
+    mura.require_new([tmp_path / "other.pth"], "a remedy")
+    with pytest.raises(mura.UserError, match=r"m\.pth: is there already; a remedy"):
+        mura.require_new([tmp_path / "other.pth", link], "a remedy")
+
+
+def test_a_files_own_begin_or_the_programs_name_tells_whose_it_is(tmp_path: Path) -> None:
+    """A header further down is that of a note or of a joined table, which is another's."""
+    path, header = tmp_path / "f.csv", b"path,prediction"
+    for content, ours in ((b"path,prediction\na.png,normal\n", True), (b"", False),
+                          (b"my notes\npath,prediction\na.png,normal\n", False),
+                          (b"id,path,prediction\n1,a.png,normal\n", False),
+                          (b"\x89PNG tEXt mura_anomaly_detection", True)):
+        path.write_bytes(content)
+        assert mura.is_ours(path, header) == ours, content
+    assert not mura.is_ours(tmp_path, header) and not mura.is_ours(tmp_path / "none", header)
+
+
+def test_writing_leaves_nothing_open(tmp_path: Path) -> None:
+    """A long run writes thousands of states and rows."""
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    for _ in range(3):
+        mura.atomic_write(tmp_path / "f.csv", b"content")
+        mura.require_writable(tmp_path / "f.csv")
+        assert mura.is_ours(tmp_path / "f.csv", b"content")
+        with mura.run_lock(tmp_path / "run.lock"):
+            pass
+        with contextlib.suppress(mura.UserError):
+            mura.read_weights(tmp_path / "f.csv", "a remedy")
+    assert descriptors() == before
+
+
 # ---- CSV, JSON, text on a terminal ----
 
 
@@ -441,6 +479,17 @@ def test_a_model_is_no_state_and_a_state_no_model(tmp_path: Path) -> None:
         mura.write_checkpoint(tmp_path / "f.pth", {"kind": kind})
         assert mura.read_checkpoint(tmp_path / "f.pth", kind)["kind"] == kind
         assert said in refusal(tmp_path / "f.pth", other)
+
+
+@pytest.mark.parametrize(("kind", "remedy"), {
+    "model": "--checkpoint wants the .pth file that training wrote",
+    "state": "--resume wants the .last.pth file that training wrote",
+}.items())
+def test_the_flag_that_took_a_wrong_file_is_named(tmp_path: Path, kind: str, remedy: str) -> None:
+    path = tmp_path / "f.pth"
+    assert refusal(path, kind).endswith(f"; {remedy}")
+    path.write_bytes(b"junk")
+    assert refusal(path, kind).endswith(f"; {remedy}")
 
 
 @pytest.mark.parametrize("kind", ["zeros", "fifo", "null"])
@@ -681,6 +730,19 @@ def test_streams_that_are_not_there_at_all(monkeypatch: pytest.MonkeyPatch) -> N
     assert mura.run_as_script(mura.Config()) == 3
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_output_for_a_stream_that_was_closed_is_lost(
+    monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """A command that succeeds; as after `>&-` a script would go on without the results."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None if name == closed else io.StringIO())
+    monkeypatch.setattr(mura, "main", lambda config: mura.log("x") or 0)
+    assert mura.run_as_script(mura.Config()) == mura.EXIT_FAILED
+    if closed == "stdout":
+        assert "stdout: could not be written" in sys.stderr.stream.getvalue()
+
+
 def test_a_hangup_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal has gone, as where a connection broke."""
     hung_up: list[int] = []
@@ -742,6 +804,27 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_stay_above_it(
     assert out.getvalue().endswith("a result\n")
 
 
+def test_a_bar_of_work_that_goes_on_begins_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    with mura.Progress(20, "epoch 1/5", done=15):
+        pass
+    assert " 15/20 " in err.getvalue() and " 0/20 " not in err.getvalue()
+
+
+@pytest.mark.parametrize(("rank", "drawn"), [("0", True), ("1", False)])
+def test_only_the_first_process_draws_a_bar(
+    monkeypatch: pytest.MonkeyPatch, rank: str, drawn: bool
+) -> None:
+    for name, value in zip(DISTRIBUTED, (rank, "2", rank, "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    with mura.Progress(20, "epoch 1/5") as bar:
+        bar.update(10)
+    assert bool(err.getvalue()) == drawn
+
+
 # ---- signals ----
 
 
@@ -770,6 +853,21 @@ def test_a_deferred_signal_is_acknowledged_and_waits_for_the_check(
                 signals.check()
         signals.check()
     assert caught.value.exit_code == 143
+
+
+def test_a_signal_is_heard_where_stderr_has_gone() -> None:
+    """It waits for the check as ever: what there is to save is saved."""
+    def stopped() -> None:
+        os.close(2)
+        with pytest.raises(mura.Stopped), mura.StopSignals() as signals:
+            with signals.deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+                saved.append("state")
+            saved.append("went on")
+        assert saved == ["state"]
+
+    saved: list[str] = []
+    assert in_child(stopped) == (0, 0)
 
 
 def test_after_the_deferral_a_signal_stops_at_once_again() -> None:

@@ -273,6 +273,13 @@ def test_natural_order_is_by_number_then_by_text() -> None:
     assert {found.index("1"), found.index("01")} == {1, 2}
 
 
+def test_natural_order_of_numbers_of_any_length() -> None:
+    numbers = ["9", "10", "99", "100", "1000", "20240131235959", "20240201000000", "9" * 18]
+    wanted = [f"image{number}.png" for number in numbers]
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    assert sorted(shuffled, key=mura.natural_key) == wanted
+
+
 def test_order_does_not_depend_on_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1119,6 +1126,33 @@ def test_a_change_of_the_same_length_is_seen(root: Path) -> None:
     require_right(mura.MuraDataset(decoded(root)))
 
 
+def test_a_change_of_the_same_length_within_a_second_is_seen(root: Path) -> None:
+    """As by a script that writes faster than once a second."""
+    path = Path(mura.scan_split(root, "train").records[0].path)
+    for shade, part in ((0, 1), (200, 2)):
+        Image.fromarray(np.full((9, 9), shade, np.uint8)).save(path, format="bmp")
+        os.utime(path, ns=(0, 10**18 + part * 10**8))
+        require_right(mura.MuraDataset(decoded(root)))
+
+
+def test_a_file_that_changes_while_it_is_decoded_is_decoded_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a copy of the data is still under way."""
+    path, read = Path(mura.scan_split(root, "train").records[0].path), mura.read_radiograph
+
+    def late(file: Path) -> mura.Radiograph:
+        found = read(file)
+        if file == path:
+            picture(path, 999)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mura, "read_radiograph", late)
+        decoded(root)
+    require_right(mura.MuraDataset(decoded(root)))
+
+
 def test_images_that_come_and_go_leave_the_others_right(root: Path) -> None:
     decoded(root)
     first = next(iter(sorted((root / "train" / "XR_HAND").rglob("*.png"))))
@@ -1310,6 +1344,37 @@ def test_data_that_cannot_be_written_to_are_cached_in_the_users_folder(
     again = mura.MuraDataset.from_folder(root, size=SIZE)
     assert decodings == []
     np.testing.assert_array_equal(everything(again), everything(first))
+
+
+@pytest.mark.parametrize("writable", ["data", "cache"])
+def test_a_cache_beside_the_data_counts_by_its_own_permissions(
+    writable: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was made for all users of a read-only folder is used; one of another user is not."""
+    beside = root / ".mura_cache"
+    beside.mkdir()
+    free = root if writable == "data" else beside
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == free)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    found = mura.cache_folder(mura.Config(), root)
+    assert (found == beside) == (writable == "cache")
+    assert (tmp_path / "xdg" in found.parents) == (writable == "data")
+
+
+def test_a_users_cache_belongs_to_the_folder_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two data sets of one relative name neither replaces the other's cache."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    found = []
+    for place in ("first", "second"):
+        (tmp_path / place / "MURA").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        names = (Path("MURA"), Path("../") / place / "MURA", tmp_path / place / "MURA")
+        (folder,) = {mura.cache_folder(mura.Config(), name) for name in names}
+        found.append(folder)
+    assert found[0] != found[1]
 
 
 def test_a_cache_that_cannot_be_written_is_named(root: Path) -> None:
@@ -1729,6 +1794,14 @@ def test_duplicates_of_each_kind_by_hand(tmp_path: Path) -> None:
             (1, "negative"), (2, "negative"), (3, "negative"), (4, "positive"), (5, "positive"),
             (5, "negative"), (6, "negative"))},
         "valid": {HAND.format(9, "negative", 1), HAND.format(6, "negative", 2)}}
+
+
+def test_one_image_under_two_patients_of_the_test_is_told_and_kept(tmp_path: Path) -> None:
+    """Neither was trained on, and their labels agree: --drop-duplicates has no reason to drop."""
+    images = {f"valid/{HAND.format(patient, 'negative', 1)}": 1 for patient in (1, 2)}
+    (clause,), concerned = mura.find_duplicates(labelled_set(tmp_path / "M", images, "valid"))
+    assert re.match("1 pixel-identical images .*patient", clause)
+    assert concerned == {}
 
 
 def test_first_ten_duplicates_are_named(tmp_path: Path) -> None:

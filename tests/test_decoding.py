@@ -567,6 +567,18 @@ def test_kinds_of_tiff_that_pillow_does_not_know_are_named(tmp_path, dtype, tags
     assert "damaged" not in why
 
 
+def test_a_big_tiff_is_a_tiff(tmp_path):
+    """Version 43: the offsets and counts have 64 bits."""
+    values = noise(6, 5).astype(np.uint8)
+    entries = {256: 5, 257: 6, 258: 8, 259: 1, 262: 1, 273: 16, 277: 1, 278: 6, 279: values.size}
+    data = b"II" + struct.pack("<HHHQ", 43, 8, 0, 16 + values.size) + values.tobytes()
+    data += struct.pack("<Q", len(entries))
+    for tag, value in entries.items():
+        data += struct.pack("<HHQQ", tag, 16, 1, value)
+    assert (read(tmp_path, data + bytes(8), "a.tif") == values).all()
+    assert mura.read_header(tmp_path / "a.tif") == mura.ImageHeader("TIFF", 5, 6)
+
+
 def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path):
     values = noise(12, 16).astype(np.uint8)
     small = tiff(values[::2, ::2])
@@ -646,6 +658,19 @@ def test_other_formats_and_names(tmp_path, name):
     got = read(tmp_path, pillow(Image.fromarray(values), kind, **options), name)
     assert close(got, values.astype(int), 3 if kind == "JPEG" else 1)
     assert mura.read_header(tmp_path / name) == mura.ImageHeader(kind, 64, 64)
+
+
+@pytest.mark.parametrize("size", [12, 40, 108, 124])
+def test_a_bmp_of_every_version(tmp_path, size):
+    """OS/2 1.x; Windows 3, 4 and 5, of which other programs write the last."""
+    values = noise(5, 4)
+    colours = np.dstack([values[::-1]] * 3).astype(np.uint8).tobytes()  # from the bottom up
+    form = "<HHHH" if size == 12 else "<iiHH"
+    header = struct.pack("<I", size) + struct.pack(form, 4, 5, 1, 24)
+    header = header.ljust(size, b"\0")
+    file = b"BM" + struct.pack("<IHHI", 14 + size + len(colours), 0, 0, 14 + size)
+    assert (read(tmp_path, file + header + colours, "a.bmp") == values).all()
+    assert mura.read_header(tmp_path / "a.bmp") == mura.ImageHeader("BMP", 4, 5)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
@@ -929,6 +954,14 @@ def test_drawings_photographs_and_blanks_are_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("ground", [0, 128])
+def test_a_lead_letter_on_an_empty_plate_is_no_anatomy(tmp_path, ground):
+    """One pixel in 280 is white."""
+    plate = np.full((200, 200), ground, np.uint8)
+    plate[20:32, 170:182] = 255
+    assert warning_for(tmp_path, plate) == "blank"
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 2500)])
 def test_images_of_one_line_are_judged_without_a_warning_on_stderr(tmp_path, capfd, shape):
     warning_for(tmp_path, noise(*shape).astype(np.uint8))
@@ -1173,6 +1206,18 @@ def test_a_table_of_8_bits_may_have_two_entries_in_a_word(tmp_path, vr, first, c
     data = dicom(VALUES, ModalityLUTSequence=sequence, WindowCenter=128, WindowWidth=256)
     expected = windowed(looked_up(VALUES, entries, first), 128, 256)
     assert close(read(tmp_path, data, "a.dcm"), expected)
+
+
+@pytest.mark.parametrize("keyword", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_a_table_of_a_big_endian_file(tmp_path, keyword):
+    """The words of OW are in the byte order of the file (PS3.5 A.3)."""
+    sequence = table(CURVE, 1500, 12)
+    sequence[0].LUTData = CURVE.astype(">u2").tobytes()
+    pixels = VALUES.astype(">u2").tobytes()
+    data = dicom(
+        VALUES, syntax="1.2.840.10008.1.2.2", PixelData=pixels, **{keyword: sequence})
+    expected = looked_up(VALUES, CURVE, 1500)
+    assert close(read(tmp_path, data, "a.dcm"), stretched(expected, 0, 4095))
 
 
 @pytest.mark.parametrize("bits", [12, 16])

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -193,6 +194,16 @@ def test_what_the_checkpoint_fixes_is_refused_with_that_reason(flag: str) -> Non
         assert "the checkpoint fixes it" in refusal(*MODES[mode], *words_of(flag))
 
 
+@pytest.mark.parametrize("flag", [
+    "--compile", "--epochs", "--grad-accum-steps", "--patience", "--save-every", "--weights",
+    "--overwrite", "--bootstrap", "--workers", "--device", "--on-bad-image", "--drop-duplicates",
+])
+def test_what_no_model_is_made_with_is_not_fixed_by_its_file(flag: str) -> None:
+    """What a run may change from one start to the next, --resume takes from nowhere or at will."""
+    for mode in set("EPX") - {*FLAGS[flag].modes, *FLAGS[flag].maybe}:
+        assert "it would do nothing" in refusal(*MODES[mode], *words_of(flag))
+
+
 @pytest.mark.parametrize(("mode", "flag"), [
     (mode, flag) for mode in "TD" for flag, about in FLAGS.items()
     if mode not in about.modes + about.maybe
@@ -367,6 +378,17 @@ def test_help_and_errors_do_not_wait_for_the_heavy_imports(tmp_path: Path) -> No
     assert "a heavy import" in run("--demo")[2]  # the stand-ins are what a run would meet
 
 
+def test_ctrl_c_during_the_imports_ends_the_program_the_plain_way(tmp_path: Path) -> None:
+    """By the signal itself, which a shell's loop heeds, and without a traceback."""
+    (tmp_path / "numpy.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise RuntimeError('went on')\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *MODES["T"]], capture_output=True, text=True, check=False,
+        timeout=60, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 # ---- wrong use ----
 
 
@@ -494,6 +516,8 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
     ("--demo --checkpoint a.pth --checkpoint b.pth", "--demo takes one --checkpoint"),
     ("--data-dir d --checkpoint model", "--checkpoint model: the name must end in .pth"),
     ("--data-dir d --checkpoint .pth", "--checkpoint .pth: the name must end in .pth"),
+    ("--demo --checkpoint model", "--checkpoint model: the name must end in .pth"),
+    ("--demo --checkpoint m.last.pth", "not in .last.pth, a saved state's"),
     ("--data-dir d --checkpoint m.last.pth --resume", "not in .last.pth, a saved state's"),
     ("--data-dir d --resume --overwrite", "--resume and --overwrite exclude each other"),
     ("--labels t.csv --evaluate --split train", "--split is for MURA's folders, not for --labels"),
@@ -510,6 +534,17 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
 ])
 def test_flags_that_do_not_go_together_are_refused(line: str, complaint: str) -> None:
     assert complaint in refusal(*line.split())
+
+
+@pytest.mark.parametrize("name", ["run.v1.pth", "run.v2.pth", "2026.01.pth", "run.pth"])
+def test_the_files_of_a_run_keep_the_dots_of_its_name(name: str) -> None:
+    """Of run.v1 and run.v2 neither writes over the other."""
+    folder, stem = Path("runs.old"), name.removesuffix(".pth")
+    training = mura.parse_options([*MODES["T"], "--checkpoint", str(folder / name)])
+    output = str(folder / f"{stem}.csv")
+    test = mura.parse_options([*MODES["E"], "--checkpoint", "m.pth", "--output", output])
+    for ending in (".last.pth", ".report.json", ".history.csv"):
+        assert training.file(ending) == test.file(ending) == folder / f"{stem}{ending}"
 
 
 @pytest.mark.parametrize(("size", "steps", "images"), [(8, 1, 32), (8, 4, 8), (1, 100, 1)])

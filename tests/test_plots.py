@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import SCRIPT
 from matplotlib import pyplot
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -125,6 +126,16 @@ def test_faint_heat_stays_faint_and_opacity_grows_with_heat() -> None:
         assert changes[1] < changes[2] < changes[3]
 
 
+def test_a_scale_reaches_as_far_as_the_strongest_heat_and_never_less_than_4() -> None:
+    """An image without a finding is not painted in full colour: log odds of 4 are 0.98."""
+    faint, strong = np.full((200, 300), 0.2, np.float32), left_half(9.0)
+    assert mura.heat_scale("abnormal", "log odds", [faint, strong]).top == 9
+    scale = mura.heat_scale("abnormal", "log odds", [faint])
+    assert scale.top == 4
+    ((original, _, overlay),) = panels(make_view(faint), scale=scale)
+    assert 0 < np.abs(overlay - original).max() <= 16
+
+
 def test_lightness_rises_with_heat() -> None:
     """A rainbow would make bands; a step up in heat is a step up in lightness, for both classes."""
     ramp = np.broadcast_to(np.linspace(0, 8, 300, dtype=np.float32), (200, 300))
@@ -166,6 +177,17 @@ def test_the_figure_says_which_class_unit_and_scale() -> None:
         assert bar.get_ylabel() == f"heat for {cam_class}, some unit"
         assert bar.get_ylim() == (0, 5)
         assert figure.get_suptitle() == "study1"
+
+
+def test_the_colour_bar_has_the_colours_of_the_heat() -> None:
+    """Heat of half the scale looks as the middle of the bar, for either class."""
+    for cam_class in mura.CLASSES:
+        figure, scale = Figure(), mura.HeatScale(cam_class, "logits", 8.0)
+        mura.draw_explanation(figure, [make_view(4)], ["study1"], scale)
+        color = np.asarray(figure.axes[0].images[1].get_array())[50, 50, :3]
+        (bar,) = (item for item in figure.axes[1].collections if isinstance(item, QuadMesh))
+        assert bar.get_clim() == (0, 8)
+        assert np.abs(255 * np.array(bar.to_rgba(4.0)[:3]) - color).max() < 2
 
 
 def test_the_strongest_region_is_outlined_at_half_of_its_maximum() -> None:
@@ -239,6 +261,20 @@ def test_any_study_fits_a_screen(count: int, shape: tuple[int, int]) -> None:
     assert (top[0::3] == top[2::3]).all()
     area = ((right - left) * (bottom - top)).sum() / (width * height / mura.DPI**2)
     assert area > 0.3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_views_of_different_shapes_do_not_overlap(order: int) -> None:
+    """An upright view and one that lies, in either order."""
+    figure, shapes = Figure(), [(400, 200), (200, 400)][::order]
+    views = [make_view(1, shape=shape) for shape in shapes]
+    mura.draw_explanation(figure, views, ["study1"], SCALE)
+    axes = figure.axes[0]
+    left, right, bottom, top = np.array([image.get_extent() for image in axes.images]).T
+    assert (right[:-1] <= left[1:])[[0, 1, 3, 4]].all(), "side by side"
+    assert bottom[:3].max() < top[3:].min(), "one row below the other"
+    assert right.max() < axes.get_xlim()[1] - 0.7, "room for the colour bar"
+    assert bottom.max() < axes.get_ylim()[0]
 
 
 def test_large_images_are_reduced_before_they_are_drawn() -> None:
