@@ -291,7 +291,8 @@ class Config:
         STEM is the first --checkpoint without its suffix, or the --output of --evaluate.
         """
         named = (self.evaluate and self.output) or self.checkpoint[0]
-        return Path(f"{named.with_suffix('')}{ending}")
+        has_suffix = named.suffix in (".pth", ".csv", ".json")  # else a dot is of the name
+        return Path(f"{named.with_suffix('') if has_suffix else named}{ending}")
 
     @property
     def eval_batch_size(self) -> int:
@@ -475,8 +476,8 @@ class SafeStream:
             self.stream.flush()
         except (OSError, ValueError) as error:
             self.lost |= not isinstance(error, BrokenPipeError)  # `| head` has seen enough
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
+                os.dup2(null.fileno(), self.stream.fileno())
         return len(text)
 
     def flush(self) -> None:
@@ -1170,12 +1171,11 @@ def _decode_dicom(data: bytes) -> Radiograph:
 
 def _dicom_pixels(header: Dataset) -> Array:
     """Return the stored values of the first frame, (Rows, Columns) or (Rows, Columns, 3)."""
-    from pydicom.pixels.utils import pixel_array
+    from pydicom.pixels.utils import get_expected_length, pixel_array
 
-    if not header["PixelData"].is_undefined_length:  # not compressed
-        bits = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated
-        if len(header.PixelData) < bits // 8:
-            raise BadImage(f"cut short: {len(header.PixelData)} of {bits // 8} bytes of pixels")
+    found, expected = len(header.PixelData), get_expected_length(header)
+    if found < expected and not header["PixelData"].is_undefined_length:  # not compressed
+        raise BadImage(f"cut short: {found} of {expected} bytes of pixels")
     syntax = header.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1").value
     if syntax.name == str(syntax):  # a private or damaged one, perhaps with what follows it
         raise BadImage("its transfer syntax is not known")

@@ -305,6 +305,9 @@ def test_writing_leaves_nothing_open(tmp_path: Path) -> None:
             pass
         with contextlib.suppress(mura.UserError):
             mura.read_weights(tmp_path / "f.csv", "a remedy")
+        with (tmp_path / "log").open("w") as closed:
+            stream = mura.SafeStream(closed)
+        stream.write("lost")
     assert descriptors() == before
 
 

@@ -1461,6 +1461,12 @@ def test_colour_dicom_is_grey_if_its_channels_are(tmp_path):
     assert (read(tmp_path, data, "a.dcm") == grey).all()
     luminance = np.dstack([grey, np.full_like(grey, 128), np.full_like(grey, 128)])
     assert close(read(tmp_path, dicom(luminance, "YBR_FULL"), "a.dcm"), grey, 1)
+    pairs = np.full((8, 5, 4), 128, np.uint8)  # two luminances, then the colour of both
+    pairs[..., 0], pairs[..., 1] = grey[:, ::2], grey[:, 1::2]
+    shared = dicom(luminance, "YBR_FULL_422", PixelData=pairs.tobytes())
+    assert close(read(tmp_path, shared, "a.dcm"), grey, 1)
+    short = dicom(luminance, "YBR_FULL_422", PixelData=pairs[:7].tobytes())
+    assert "cut short: 140 of 160 bytes" in reason_of(tmp_path, short, "a.dcm")
     marked = np.dstack([np.kron(grey, np.ones((16, 16), np.uint8))] * 3)
     marked[:20, :20] = 255, 255, 0
     assert 0 < radiograph(tmp_path, dicom(marked, "RGB"), "a.dcm").chroma < 16

@@ -543,8 +543,10 @@ def test_the_files_of_a_run_keep_the_dots_of_its_name(name: str) -> None:
     training = mura.parse_options([*MODES["T"], "--checkpoint", str(folder / name)])
     output = str(folder / f"{stem}.csv")
     test = mura.parse_options([*MODES["E"], "--checkpoint", "m.pth", "--output", output])
+    bare = mura.parse_options([*MODES["E"], "--checkpoint", "m.pth", "--output", str(folder / stem)])
     for ending in (".last.pth", ".report.json", ".history.csv"):
-        assert training.file(ending) == test.file(ending) == folder / f"{stem}{ending}"
+        found = {config.file(ending) for config in (training, test, bare)}
+        assert found == {folder / f"{stem}{ending}"}
 
 
 @pytest.mark.parametrize(("size", "steps", "images"), [(8, 1, 32), (8, 4, 8), (1, 100, 1)])
