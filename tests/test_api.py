@@ -159,6 +159,12 @@ def test_the_threshold_can_be_given(small: Path, study: Path) -> None:
         assert (result.label, result.threshold) == (label, threshold)
 
 
+def test_the_precision_can_be_given(small: Path) -> None:
+    """tf32 is refused as by --precision, so it is not passed over for auto."""
+    with pytest.raises(mura.UserError, match="--precision tf32: needs a CUDA device"):
+        mura.load(small, device="cpu", precision="tf32")
+
+
 def test_any_folder_given_to_the_api_is_one_study(small: Path, study: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(study, tmp_path / "holiday"))
     (folder / "notes.txt").write_text("no image")
@@ -420,6 +426,17 @@ def test_a_run_that_goes_on_by_itself_names_its_own_command(here: Path) -> None:
     words = ["--data-dir", "d", "--checkpoint", "a b.pth", "--resume", "auto"]
     line = mura.how_to_go_on(mura.parse_options(words))
     assert shlex.split(line.partition("; to go on: ")[2])[2:] == words
+
+
+def test_a_torchrun_job_goes_on_by_its_own_command(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of one process would start the run without the others."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    Path("m.last.pth").touch()
+    line = mura.how_to_go_on(mura.parse_options(["--data-dir", "d", "--checkpoint", "m.pth"]))
+    assert line == "; the state is in m.last.pth; to go on: the same torchrun command with --resume"
 
 
 WRONG = {  # the command, its exit code, what the line names

@@ -460,6 +460,8 @@ def test_undefined_resamples_are_dropped() -> None:
     found = study_level(two, 200)["auroc"]  # with one patient left out, it is undefined
     assert found["value"] is not None
     assert found["low"] is found["high"] is None
+    faultless = replace(two, probability=0.1 + 0.8 * label)  # nor is 1 of two patients certain
+    assert study_level(faultless, 200)["auroc"] == {"value": 1, **NO_INTERVAL}
 
 
 def test_a_faultless_result_still_has_room_for_error() -> None:
@@ -484,6 +486,15 @@ def test_the_exact_interval_counts_those_who_can_err() -> None:
     assert found["ppv"] == {"value": 1, "low": pytest.approx(0.025 ** (1 / 12)), "high": 1}
     few = study_level(predictions(label, [0.1] * 50 + [0.9] * 9 + [0.2] * 41))
     assert few["ppv"] == {"value": 1, **NO_INTERVAL}
+
+
+def test_a_study_at_the_threshold_does_not_stand_behind_the_ppv() -> None:
+    """Nine above 0.5 and three at it, which are normal: nine of the ten that an interval takes."""
+    label, rest = np.repeat([1, 0], 50), [0.2] * 38 + [0.1] * 50
+    at = study_level(predictions(label, [0.9] * 9 + [0.5] * 3 + rest))
+    assert at["ppv"] == {"value": 1, **NO_INTERVAL}
+    above = study_level(predictions(label, [0.9] * 9 + [0.51] * 3 + rest))
+    assert above["ppv"] == {"value": 1, "low": pytest.approx(0.025 ** (1 / 12)), "high": 1}
 
 
 def test_the_exact_interval_counts_patients_not_their_studies() -> None:
@@ -606,6 +617,19 @@ def test_differences_are_those_of_the_single_reports() -> None:
         assert entry["low"] <= entry["value"] <= entry["high"]
         assert back[name]["value"] == pytest.approx(-entry["value"])
         assert back[name]["low"] == pytest.approx(-entry["high"], abs=1e-6)
+
+
+def test_a_difference_of_kappa_may_exceed_one() -> None:
+    """Nine of ten right against nine of ten wrong: kappa 0.8 and -0.8, which differ by 1.6."""
+    label = np.repeat([0, 1], 20)
+    right = np.where(np.arange(40) % 10 == 0, 0.9 - 0.8 * label, 0.1 + 0.8 * label)
+    good = predictions(label, right)
+    poor = replace(good, probability=1 - right)
+    found = mura.compare(poor, good, 0.5, 100, 0)["kappa"]
+    assert found["value"] == pytest.approx(1.6)
+    assert 1 < found["low"] < 1.6 < found["high"] <= 2
+    found = mura.compare(good, poor, 0.5, 100, 0)["kappa"]
+    assert -2 <= found["low"] < -1.6 == pytest.approx(found["value"])
 
 
 def test_both_models_see_the_same_resamples() -> None:

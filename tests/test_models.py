@@ -11,6 +11,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from email.message import Message
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,9 @@ def test_a_model_file_that_lacks_something_is_of_another_version(thin: None, tmp
         del content[missing]
         mura.write_checkpoint(path, content)
         assert f"{path}: written by another version" in refusal(mura.load_model, path, mura.CPU)
+    for normalization in ({"kind": "image", "gain": 2.0}, {}):  # fields that came or went
+        mura.write_checkpoint(path, model_content(network, normalization=normalization))
+        assert "written by another version" in refusal(mura.load_model, path, mura.CPU)
     state = network.state_dict() | {"head.weight": torch.zeros(1, 9)}
     mura.write_checkpoint(path, model_content(network, state_dict=state))
     assert "written by another version" in refusal(mura.load_model, path, mura.CPU)
@@ -558,6 +562,37 @@ def test_a_file_put_there_by_hand_is_used(thin: None, offline: Path) -> None:
     assert torch.equal(network.backbone.layer4.weight, twin.layer4.weight)
     (offline / HUB_FILES["resnet50"]).write_bytes(b"<html>proxy login</html>")
     assert str(offline / HUB_FILES["resnet50"]) in refusal(initial)
+
+
+class Answer(io.BytesIO):
+    """What a server sends."""
+
+    def info(self) -> Message:
+        return Message()
+
+
+def test_a_download_that_is_not_whole_is_not_kept(
+    thin: None, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name tells its SHA-256; kept, it would be taken for the weights ever after."""
+    file = io.BytesIO()
+    torch.save(ThinResNet().state_dict(), file)
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(file.getvalue()))
+    assert "are not available (RuntimeError: invalid hash value" in refusal(initial)
+    assert list(offline.iterdir()) == []
+
+
+def test_code_in_a_file_put_there_by_hand_is_not_run(thin: None, offline: Path) -> None:
+    offline.mkdir(parents=True)
+    evidence = offline / "ran"
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return evidence.mkdir, ()
+
+    torch.save({"conv1.weight": Code()}, offline / HUB_FILES["resnet50"])
+    assert "are not available (UnpicklingError: " in refusal(initial)
+    assert not evidence.exists()
 
 
 # ----- device and precision
@@ -1100,6 +1135,19 @@ def test_an_ensemble_gives_what_each_member_gives_by_itself() -> None:
     assert mura.Ensemble(members()[1:], mura.CPU).study_temperature == pytest.approx(8)
     with pytest.raises(ValueError):
         ensemble.logits(images[:1])
+
+
+def test_an_ensemble_explains_in_the_precision_in_which_it_predicts(thin: None) -> None:
+    """Else an image would have two probabilities, by --predict and by --evaluate."""
+    torch.manual_seed(0)
+    network = mura.Network("resnet50").eval().requires_grad_(False)
+    model = mura.LoadedModel(
+        Path("a.pth"), network, mura.Normalization("imagenet"), SIDE, "stretch", tta=False)
+    half = mura.Ensemble([model], mura.DevicePrecision(torch.device("cpu"), "bf16"))
+    images, sign = [draw_grey(3)], torch.ones(3)
+    exact, expected = mura.Ensemble([model], mura.CPU).logits(images), half.logits(images)
+    assert not torch.allclose(exact, expected, atol=1e-5), "bf16 keeps three digits"
+    torch.testing.assert_close(half.explain(images, FINE, sign)[0], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("method", [FINE, GRADCAM], ids=["fine", "gradcam"])

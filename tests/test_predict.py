@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -452,6 +453,33 @@ def test_differences_of_models_are_paired(evaluated: dict[str, Path], pair: list
     assert "models" not in alone[0] and "differences" not in alone[0]
 
 
+def test_all_intervals_of_a_report_follow_seed_and_bootstrap() -> None:
+    """Of the ensemble, of each model and of their differences; the values are those of the data."""
+    random, names = np.random.default_rng(0), np.array([f"p{i:02}" for i in range(24)])
+    label, part = np.arange(24) % 2, np.full(24, "XR_HAND")
+    given = (tuple(names), part, names, names, label)
+    members = [mura.Predictions(*given, (label + 2 * random.random(24)) / 3) for _ in range(2)]
+    models = [
+        mura.LoadedModel(Path(name), mura.Network("resnet50"), mura.Normalization("image"), 64,
+                         "stretch", tta=False, body_parts=("XR_HAND",),
+                         patients={"train": [], "val": []})
+        for name in ("a.pth", "b.pth")]
+    scan = mura.Scan("valid", Path("valid"), (), ())
+
+    def report(*flags: str) -> Any:
+        config = mura.parse_options(["--data-dir", "d", "--evaluate", *flags])
+        return mura.make_report(config, mura.Ensemble(models, mura.CPU), scan, members, [])[0]
+
+    asked = (("100", "1"), ("100", "2"), ("120", "1"))
+    reports = [report("--bootstrap", count, "--seed", seed) for count, seed in asked]
+    for keys in (("levels", "study"), ("models", "b.pth", "image"), ("differences", "b.pth")):
+        one, *others = ([reduce(dict.__getitem__, keys, found)[name] for name in ("auroc", "kappa")]
+                        for found in reports)
+        for other in others:
+            assert [entry["value"] for entry in one] == [entry["value"] for entry in other]
+            assert one != other, keys
+
+
 def test_the_report_of_other_data_is_not_replaced(
     evaluate: Ask, pair: list[Path], tmp_path: Path, capsys: Captured
 ) -> None:
@@ -463,6 +491,19 @@ def test_the_report_of_other_data_is_not_replaced(
     assert Path("e.report.json").read_bytes() == before
     assert evaluate(models=[Path(os.path.relpath(pair[0]))]) == 0
     assert evaluate("--tasks", "HUMERUS", "--overwrite") == 0
+
+
+def test_the_report_of_a_model_that_was_named_otherwise_is_its_own(
+    evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative path before, or by a link."""
+    monkeypatch.setattr(mura, "load_ensemble", stop)
+    Path("link.pth").symlink_to(pair[0])
+    for name in (os.path.relpath(pair[0]), "link.pth"):
+        before = {"split": "valid", "checkpoints": [name], "data": "1"}
+        Path("e.report.json").write_text(json.dumps(before))
+        assert evaluate() == mura.EXIT_USAGE
+        assert "it began" in error_line(capsys.readouterr())
 
 
 def test_the_report_of_another_split_or_ensemble_is_not_replaced(
@@ -500,6 +541,19 @@ def test_evaluation_replaces_nothing_foreign(
     assert Path(name).read_text() == "somebody's" and not Path("e.report.json").exists()
     assert evaluate(*flags, "--overwrite") == 0
     assert Path(name).read_bytes().startswith(b"path," if name.endswith("csv") else b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", mura.GALLERY)
+@pytest.mark.parametrize("page", [1, 2])
+def test_no_sheet_of_a_gallery_replaces_a_foreign_picture(
+    name: str, page: int, evaluate: Ask, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mura, "load_ensemble", fail)
+    sheet = Path("gallery") / f"{name}_{page}.png"
+    sheet.parent.mkdir()
+    sheet.write_text("somebody's")
+    assert evaluate("--figure", "gallery") == mura.EXIT_USAGE
+    assert f"--figure {sheet}: is there and not" in error_line(capsys.readouterr())
 
 
 def test_a_gallery_of_two_classes_on_one_scale_is_refused(evaluate: Ask, capsys: Captured) -> None:
@@ -674,6 +728,15 @@ def test_images_that_are_also_in_training_are_named_and_left_out_on_request(
         assert (f"valid/{name}" in {row["path"] for row in table_of(Path("e"))}) == kept
 
 
+def test_images_of_training_that_are_not_decoded_are_no_duplicates(
+    evaluate: Ask, capsys: Captured
+) -> None:
+    """As where a model came without its cache: nothing is known of them, and nothing is said."""
+    assert evaluate("--cache-dir", "cache", "--tasks", "HUMERUS") == 0
+    assert "pixel-identical" not in capsys.readouterr().err
+    assert not any("pixel-identical" in note for note in report_of(Path("e"))["notes"])
+
+
 def test_prevalence_is_in_report_and_rows(
     evaluate: Ask, ask: Ask, image: Path, capsys: Captured
 ) -> None:
@@ -748,6 +811,20 @@ def test_a_table_of_labels_is_trained_on(phantoms: Path, tmp_path: Path, capsys:
     err = capsys.readouterr().err
     assert f"{trained} of the {len(split)} patients of t.csv were trained on" in err
     assert len(read_rows(tmp_path / "m.test.csv")) == len(paths)
+
+
+def test_what_a_table_lacks_is_told_before_training(
+    valid: list[Path], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without patients, images of one may be on both sides: a leak that nothing else shows."""
+    monkeypatch.setattr(mura, "make_trainer", stop)
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["path,label", *(f"{p},{i % 2}" for i, p in enumerate(valid))]))
+    asked = ["--labels", table, "--checkpoint", tmp_path / "m.pth", *TINY]
+    assert run_inside(*asked) == mura.EXIT_USAGE
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition("no ")[2].partition(":")[0] for line in told[:-1]] == [
+        "patient column", "study column"]
 
 
 def test_data_that_cannot_be_trained_or_tested_on_is_refused_before_the_work(
@@ -899,6 +976,19 @@ def test_content_decides_in_folders_and_what_is_left_out_is_counted_once(
     assert len(item.files) == 2, "a study folder is known from within"
 
 
+def test_a_dicom_report_beside_the_images_is_left_out(
+    tmp_path: Path, image: Path, capsys: Captured
+) -> None:
+    """Its suffix is an image's, but it is whole and holds none: no input, so no failure."""
+    root = plant(tmp_path, image, "in/study1/a.png")
+    report = new_dicom(pydicom.uid.BasicTextSRStorage)
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID
+    report.save_as(root / "in/study1/report.dcm", enforce_file_format=True)
+    assert collected(root / "in", root=root) == [("in/study1", ["in/study1/a.png"], "")]
+    line = error_line(capsys.readouterr())
+    assert "1 of the files are no images, left out, such as report.dcm" in line
+
+
 def test_linked_folders_are_searched_once_and_closed_ones_reported(
     ask: Ask, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -1012,16 +1102,19 @@ def test_a_study_folder_of_two_examinations_is_two_studies(
     pixels, folder = np.asarray(Image.open(image)), tmp_path / "study1"
     for name, uid in (("a", "1.2.3.1"), ("b", "1.2.3.2"), ("c", "1.2.3.1")):
         write_dicom(folder / name, pixels, uid, "FOREARM")
+    shutil.copy(image, folder / "d.png")  # of neither, but not left out
     assert ask(folder, "--output", "r.json") == 0
     rows = read_json("r.json")
     assert [(row["path"], row["study_uid"]) for row in rows] == [
-        (str(folder), "1.2.3.1"), (str(folder), "1.2.3.2")]
-    assert [[Path(view["path"]).name for view in row["views"]] for row in rows] == [["a", "c"], ["b"]]
+        (str(folder), "1.2.3.1"), (str(folder), "1.2.3.2"), (str(folder), None)]
+    assert [[Path(view["path"]).name for view in row["views"]] for row in rows] == [
+        ["a", "c"], ["b"], ["d.png"]]
     model = mura.load(pair[0], device="cpu")
     with pytest.raises(mura.UserError, match="study1: holds files of several studies"):
         model.predict(folder)
     (folder / "b").unlink()
-    assert model.predict(folder).uid == "1.2.3.1"
+    found = model.predict(folder)
+    assert (found.uid, len(found.views)) == ("1.2.3.1", 3)
 
 
 # ---- what --predict answers ----
@@ -1181,6 +1274,42 @@ def test_a_body_part_that_no_model_knows_is_warned_about(
     assert len([line for line in capsys.readouterr().err.splitlines() if "body part" in line]) == 2
 
 
+def test_the_nearest_folder_names_the_body_part(
+    ask: Ask, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """Also one that the path need not name, as the command was started there."""
+    plant(tmp_path, image, "XR_KNEE/XR_FOREARM/a.png", "XR_FOREARM/XR_KNEE/b.png")
+    assert ask("XR_KNEE/XR_FOREARM/a.png", "XR_FOREARM/XR_KNEE/b.png") == 0
+    assert "XR_FOREARM/XR_KNEE/b.png: shows a body part" in error_line(capsys.readouterr())
+    monkeypatch.chdir(tmp_path / "XR_FOREARM" / "XR_KNEE")
+    assert ask("b.png") == 0
+    assert "b.png: shows a body part (XR_KNEE)" in error_line(capsys.readouterr())
+
+
+def test_a_model_of_a_table_without_body_parts_knows_them_all(
+    ask: Ask, evaluate: Ask, image: Path, pair: list[Path], tmp_path: Path, capsys: Captured
+) -> None:
+    """Training stores "all" for them, as the table of images has it."""
+    plant(tmp_path, image, "XR_KNEE/a.png")
+    content = torch.load(pair[1], weights_only=True)
+    model = write_model(tmp_path / "m.pth", content, body_parts=["all"])
+    assert ask("XR_KNEE/a.png", "--checkpoint", model) == evaluate(models=[model]) == 0
+    assert "body part (" not in capsys.readouterr().err
+
+
+def test_what_the_decoder_doubts_is_told_with_the_answer(
+    ask: Ask, image: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """A raw exposure may be a negative, of which an answer means nothing."""
+    path = write_dicom(tmp_path / "raw.dcm", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
+    header = pydicom.dcmread(path)
+    header.PresentationIntentType = "FOR PROCESSING"
+    header.save_as(path)
+    assert ask(path, "--output", "r.json") == 0
+    assert f"{path}: FOR PROCESSING: raw exposure" in error_line(capsys.readouterr())
+    assert read_json("r.json")[0]["prediction"]
+
+
 def test_a_coloured_picture_is_predicted_and_warned_about(
     ask: Ask, image: Path, capsys: Captured
 ) -> None:
@@ -1274,6 +1403,22 @@ def test_the_class_that_is_explained(
         assert (row["left"] is not None) == (prediction == "abnormal" and choice != "normal")
 
 
+@pytest.mark.parametrize("choice", ["abnormal", "normal", "predicted"])
+def test_a_figure_has_boxes_of_abnormal_heat_only(
+    choice: str, ask: Ask, image: Path, normal_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box around what speaks for a normal bone would be taken for a finding."""
+    boxed: list[bool] = []
+
+    def draw_boxes(views: Sequence[Any], *arguments: Any, **options: Any) -> bytes:
+        boxed.extend(view.box is not None for view in views)
+        return blank_picture()
+
+    monkeypatch.setattr(mura, "save_explanation", draw_boxes)
+    assert ask(image, normal_image, "--cam-class", choice, "--figure", "f") == 0
+    assert boxed == [choice != "normal", False]
+
+
 def test_maps_of_ensemble_tta_and_temperature(
     ask: Ask, image: Path, pair: list[Path], tmp_path: Path
 ) -> None:
@@ -1364,6 +1509,24 @@ def test_the_figure_of_many_views_shows_the_first(
     assert ask("study1_all", "--output", "r.json") == mura.EXIT_DONE
     assert "(the first 2 of 5 views)" in capsys.readouterr().out
     assert len(read_json("r.json")[0]["views"]) == 5
+
+
+def test_windows_are_few_however_many_inputs(
+    ask: Ask, image: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first eight inputs have one, all have their file; they are shown when all are done."""
+    opened, shown = [], []
+
+    def draw_window(*arguments: Any, window: str, **options: Any) -> bytes:
+        opened.append(window)
+        return blank_picture()
+
+    monkeypatch.setattr(mura, "save_explanation", draw_window)
+    monkeypatch.setattr(mura, "can_show", lambda no_show: True)
+    monkeypatch.setattr(mura, "show_windows", lambda: shown.append(len(opened)))
+    assert ask(*[image] * 10, "--figure", "f") == 0
+    assert opened == [image.name] * 8 + [""] * 2
+    assert shown == [10] and len(os.listdir("f")) == 10
 
 
 def test_own_figures_in_a_searched_folder_are_not_predicted_again(

@@ -218,6 +218,8 @@ def test_training_needs_both_classes(capsys: pytest.CaptureFixture[str]) -> None
     weights = mura.class_weights([image(0), image(1), image(1, "XR_ELBOW")])
     assert weights["XR_HAND", 0] == weights["XR_HAND", 1] == 1
     assert re.search("XR_ELBOW.* abnormal.*no weight", one_line(capsys))
+    mura.class_weights([image(0), image(1), image(0, "XR_WRIST")])
+    assert re.search("XR_WRIST.* normal.*no weight", one_line(capsys))
 
 
 LOGIT, WEIGHT = st.floats(-60, 60, width=32), st.floats(0, 2, width=32)
@@ -1092,7 +1094,10 @@ def test_weights_are_not_needed_to_resume(
 ) -> None:
     """What the model of --weights FILE has seen is told, and kept, also without the file."""
     first, checkpoint = copy_run(whole_untested, tmp_path), tmp_path / "next.pth"
-    earlier = read_model(first)["patients"]
+    content = read_model(first)
+    earlier = content["patients"]
+    earlier["val"].append("of another set")  # its epoch was chosen on this one
+    mura.write_checkpoint(first, content)
     flags = ("--weights", first, "--seed", "1", "--normalization", "imagenet")
     command = training(untested, checkpoint, *flags)
     stop_in_batch(2, signal.SIGTERM, command)
@@ -1104,19 +1109,20 @@ def test_weights_are_not_needed_to_resume(
     assert re.search(rf"run\.pth: has seen {len(seen)} patients of val", told)
     assert "--normalization image, this run has imagenet" in told
     assert "--resize" not in told
-    assert set(patients["train"]) >= set(earlier["train"])
+    assert set(patients["train"]) >= {*earlier["train"], *earlier["val"]}
 
 
 def test_state_and_model_of_different_runs_are_refused(
     untested: Path, whole_untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also a model that differs in nothing but its weights; and a state without its model."""
+    """Also one that differs in its weights or settings only; and a state without its model."""
     checkpoint, other = copy_run(whole_untested, tmp_path), tmp_path / "other" / "run.pth"
     assert run_inside(*training(untested, other, "--epochs", "1", "--seed", "1")) == 0
     right, content = checkpoint.read_bytes(), read_model(checkpoint)
     content["state_dict"] = {key: value + 1 for key, value in content["state_dict"].items()}
     mura.write_checkpoint(tmp_path / "changed.pth", content)
-    for wrong in (other, tmp_path / "changed.pth"):
+    mura.write_checkpoint(tmp_path / "later.pth", read_model(other) | {"epoch": 3})
+    for wrong in (other, tmp_path / "changed.pth", tmp_path / "later.pth"):
         shutil.copy(wrong, checkpoint)
         before = listing(tmp_path)
         capsys.readouterr()
@@ -1276,6 +1282,37 @@ class FailsInEvaluation(nn.ReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training else x * float("nan")
+
+
+class NotesPrecision(nn.ReLU):
+    """Notes whether the network learns, whether gradients are kept, and the type of its input."""
+
+    def __init__(self, noted: set[tuple[bool, bool, torch.dtype]]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noted.add((self.training, torch.is_grad_enabled(), x.dtype))
+        return super().forward(x)
+
+
+def test_everything_is_computed_in_the_precision_of_choice(
+    untested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps, BatchNorm statistics and validation: in half of fp32's memory, and of one network."""
+    sound, noted = tiny_architecture(), set[tuple[bool, bool, torch.dtype]]()
+
+    def build() -> nn.Module:
+        network = sound.constructor()
+        network.relu1 = NotesPrecision(noted)
+        return network
+
+    noting = mura.Architecture(build, sound.trunk, sound.head, sound.stages)
+    monkeypatch.setitem(mura.ARCHITECTURES, "resnet50", noting)
+    flags = ("--epochs", "1", "--precision", "bf16")
+    assert run_inside(*training(untested, tmp_path / "run.pth", *flags)) == 0
+    phases = ((True, True), (True, False), (False, False))
+    assert noted == {(*phase, torch.bfloat16) for phase in phases}
 
 
 def test_an_output_that_is_not_finite_is_never_the_best_model(
