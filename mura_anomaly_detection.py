@@ -476,8 +476,9 @@ class SafeStream:
             self.stream.flush()
         except (OSError, ValueError) as error:
             self.lost |= not isinstance(error, BrokenPipeError)  # `| head` has seen enough
-            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
-                os.dup2(null.fileno(), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                descriptor = self.stream.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         return len(text)
 
     def flush(self) -> None:
@@ -3953,11 +3954,6 @@ def decision_threshold(config: Config, models: Sequence[LoadedModel]) -> tuple[f
     return float(np.mean([model.threshold for model in models])), source
 
 
-def predicted_class(probability: float, threshold: float) -> str:
-    """Return the class of a probability of abnormal; "" where it is NaN."""
-    return "" if math.isnan(probability) else CLASSES[int(probability > threshold)]
-
-
 def body_part_warnings(models: Sequence[LoadedModel], body_part: str) -> list[str]:
     """Return a warning where no model was trained on a body part."""
     parts = [body_part, *(part for model in models for part in model.body_parts)]
@@ -4052,7 +4048,7 @@ def make_report(
     measure: Callable[..., Content] = partial(
         evaluate_predictions, threshold=threshold, prevalence=config.prevalence, **sampling)
     report = {
-        "split": scan.split, "checkpoints": [str(model.path) for model in models],
+        "split": scan.split, "checkpoints": [os.path.realpath(model.path) for model in models],
         "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
         "threshold": threshold, "threshold_source": source,
         "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
@@ -4144,8 +4140,8 @@ def require_own_report(config: Config, split: str, data: str = "") -> None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
         models = [os.path.realpath(path) for path in config.checkpoint]
-        before = [os.path.realpath(path) for path in earlier["checkpoints"]]
-        is_own |= (earlier["split"], before) == (split, models) and data in ("", earlier["data"])
+        before = earlier["split"], earlier["checkpoints"]
+        is_own |= before == (split, models) and data in ("", earlier["data"])
     if not is_own:
         require_new(files, "it is of another split, model or data, or not of this program: use "
                            "another --output, or --overwrite")
@@ -4166,9 +4162,9 @@ class ViewResult:
     box: Box | None = None  # of the strongest region, in the original's pixels
     error: str = ""
     warnings: Sequence[str] = ()
-    # of each model, (S, S), only while it is answered
+    # of each model, (S, S), only while it is answered; maps are by the class they explain
     inputs: Sequence[Pixels] = field(default=(), repr=False)
-    maps: Sequence[Tensor] = field(default=(), repr=False)
+    maps: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def heatmap(self) -> Array:
@@ -4197,7 +4193,8 @@ class Study:
     @property
     def label(self) -> str:
         """The predicted class, "normal" or "abnormal"; "" where no view could be read."""
-        return predicted_class(self.probability, self.threshold)
+        is_answered = not math.isnan(self.probability)
+        return CLASSES[int(self.probability > self.threshold)] if is_answered else ""
 
     @property
     def confidence(self) -> float:
@@ -4396,14 +4393,15 @@ class Predictor:
         ensemble, device = self.ensemble, self.ensemble.hardware.device
         batches = zip(*(view.inputs for view in views), strict=True)
         images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
-        sign = torch.full((len(views),), SIGNS.get(self.config.cam_class, 1), device=device)
-        logits, maps = ensemble.explain(images, self.method, sign)
+        explained = self.config.cam_class
+        for name in [explained] if explained in SIGNS else SIGNS:
+            sign = torch.full((len(views),), SIGNS[name], device=device)
+            logits, maps = ensemble.explain(images, self.method, sign)
+            for i, view in enumerate(views):
+                view.maps[name] = [heat[i] for heat in maps]
         mean = ensemble.probabilities(logits.cpu().double().numpy()).mean(axis=0)
-        if self.config.cam_class == "predicted":
-            signs = [SIGNS.get(predicted_class(p, self.threshold), 1) for p in mean]
-            _, maps = ensemble.explain(images, self.method, torch.tensor(signs, device=device))
-        for i, view in enumerate(views):
-            view.probability, view.maps = float(mean[i]), [heat[i] for heat in maps]
+        for view, probability in zip(views, mean.tolist(), strict=True):
+            view.probability = probability
             if not math.isfinite(view.probability):
                 view.error = "the model's output is not finite"
 
@@ -4417,7 +4415,7 @@ class Predictor:
         if explained == "predicted":
             explained = study.label
         for view in study.readable:
-            self.place_heatmap(view, SIGNS[explained])
+            self.place_heatmap(view, explained)
         heatmaps = [view.cam for view in study.readable]
         study.scale = heat_scale(explained, self.method.unit, heatmaps)
         errors = [f"{view.path.name}: {view.error}" for view in study.views if view.error]
@@ -4425,17 +4423,17 @@ class Predictor:
             study.error = "; ".join(errors) if len(study.views) > 1 else study.views[0].error
         return study
 
-    def place_heatmap(self, view: ViewResult, sign: float) -> None:
-        """Set the heatmap and the box of an image: 1 for "abnormal", -1 for "normal"."""
-        height, width = view.pixels.shape
+    def place_heatmap(self, view: ViewResult, explained: str) -> None:
+        """Set the heatmap of a class, and the box of an image."""
+        sign, (height, width) = SIGNS[explained], view.pixels.shape
         scale = min(1, CAM_SIDE / max(height, width))
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         maps = []
-        for heat, model in zip(view.maps, self.ensemble.models, strict=True):
+        for heat, model in zip(view.maps[explained], self.ensemble.models, strict=True):
             left, top, right, bottom = letterbox_box(height, width, *model.shape)
             maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
         view.cam = np.maximum(sign * np.mean(maps, axis=0), 0)
-        view.inputs = view.maps = ()
+        view.inputs, view.maps = (), {}
         above = sign * log_odds_above(view.probability, self.threshold)
         if not self.method.classical:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
@@ -5210,12 +5208,13 @@ def load(
     ('abnormal', 0.93)
 
     Args:
-        checkpoints: files that training wrote; UserError where one cannot be loaded.
+        checkpoints: files that training wrote (default: as --checkpoint); UserError where one
+            cannot be loaded.
         device: as --device.
         precision: as --precision.
         threshold: abnormal above this probability (default: the models').
     """
-    paths = tuple(map(Path, checkpoints))
+    paths = tuple(map(Path, checkpoints)) or Config.checkpoint
     config = Config(
         checkpoint=paths, device=device, precision=precision, threshold=threshold)
     return load_predictor(config)
@@ -5271,7 +5270,9 @@ def describe_error(error: Exception, config: Config) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         if config.mode in "TD":
             return f"out of memory: use --grad-accum-steps {2 * config.grad_accum_steps}"
-        return f"out of memory: use --batch-size {max(1, config.batch_size // 2)}"
+        smaller = config.batch_size // 2
+        remedy = f"--batch-size {smaller}" if smaller else "--device cpu"
+        return f"out of memory: use {remedy}"
     reason = str(error).strip().partition("\n")[0] or "no message"
     hint = "" if config.debug else " (--debug shows where)"
     return f"{type(error).__name__}: {reason}{hint}"

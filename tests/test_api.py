@@ -181,7 +181,9 @@ def test_a_result_prints_without_its_pixels(small: Path, study: Path) -> None:
     assert "array" not in text and len(text) < 2000
 
 
-def test_errors_of_the_api_name_the_file(small: Path, tmp_path: Path) -> None:
+def test_errors_of_the_api_name_the_file(small: Path, tmp_path: Path, here: Path) -> None:
+    with pytest.raises(mura.UserError, match=r"mura_model\.pth: cannot be read"):
+        mura.load()  # the command's default
     with pytest.raises(mura.UserError, match=r"missing\.pth: cannot be read"):
         mura.load(tmp_path / "missing.pth")
     model = mura.load(small, device="cpu")
@@ -512,7 +514,8 @@ def test_memory_that_does_not_suffice_for_training_has_a_way_out(
 
 
 @pytest.mark.parametrize(("mode", "remedy"), [
-    (["--demo"], "--grad-accum-steps 2"), (["--predict", "x.png"], "--batch-size 4")])
+    (["--demo"], "--grad-accum-steps 2"), (["--predict", "x.png"], "--batch-size 4"),
+    (["--predict", "x.png", "--batch-size", "1"], "--device cpu")])
 def test_memory_that_does_not_suffice_has_a_remedy_in_each_mode(
     mode: list[str], remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -493,17 +493,20 @@ def test_the_report_of_other_data_is_not_replaced(
     assert evaluate("--tasks", "HUMERUS", "--overwrite") == 0
 
 
-def test_the_report_of_a_model_that_was_named_otherwise_is_its_own(
+def test_the_report_of_a_model_that_is_named_otherwise_is_its_own(
     evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a relative path before, or by a link."""
+    """By a relative path, or by a link; another folder's model of that name is another one."""
     monkeypatch.setattr(mura, "load_ensemble", stop)
     Path("link.pth").symlink_to(pair[0])
+    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])], "data": "1"}
+    Path("e.report.json").write_text(json.dumps(own))
     for name in (os.path.relpath(pair[0]), "link.pth"):
-        before = {"split": "valid", "checkpoints": [name], "data": "1"}
-        Path("e.report.json").write_text(json.dumps(before))
-        assert evaluate() == mura.EXIT_USAGE
+        assert evaluate(models=[Path(name)]) == mura.EXIT_USAGE
         assert "it began" in error_line(capsys.readouterr())
+    shutil.copy(pair[1], pair[0].name)
+    assert evaluate(models=[Path(pair[0].name)]) == mura.EXIT_USAGE
+    assert "--overwrite" in error_line(capsys.readouterr())
 
 
 def test_the_report_of_another_split_or_ensemble_is_not_replaced(
@@ -1417,6 +1420,27 @@ def test_a_figure_has_boxes_of_abnormal_heat_only(
     monkeypatch.setattr(mura, "save_explanation", draw_boxes)
     assert ask(image, normal_image, "--cam-class", choice, "--figure", "f") == 0
     assert boxed == [choice != "normal", False]
+
+
+def test_every_view_of_a_study_shows_the_class_of_the_study(
+    ask: Ask, image: Path, normal_image: Path
+) -> None:
+    """Also a view that says the other class by itself, and whichever of them is read first."""
+    for number, source in enumerate([normal_image, image, image, image], 1):
+        Path("study1").mkdir(exist_ok=True)
+        shutil.copy(source, f"study1/image{number}.png")
+
+    def maps_of(choice: str) -> dict[str, Any]:
+        flags = ("--cam", "gradcam", "--cam-class", choice, "--save-cam", "m.npz")
+        assert ask("study1", *flags, "--output", "r.json") == 0
+        return dict(np.load("m.npz"))
+
+    found, wanted = maps_of("predicted"), maps_of("abnormal")
+    assert read_json("r.json")[0]["prediction"] == "abnormal"
+    assert len(found) == 4
+    for name, heat in found.items():
+        assert heat.max() > 0
+        np.testing.assert_array_equal(heat, wanted[name])
 
 
 def test_maps_of_ensemble_tta_and_temperature(
