@@ -66,9 +66,9 @@ PAPER_RECIPE: Content = {  # arXiv 1712.06957, section 3.1; Adam is AdamW withou
     "image_size": 320, "lr": 1e-4, "lr_schedule": "plateau", "weight_decay": 0.0, "rotation": 30.0,
     "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "precise_bn": 0, "tta": False,
 }
-DEMO_DEFAULTS: Content = {  # random weights: with 2 epochs one of 3 seeds did not learn
+DEMO_DEFAULTS: Content = {
     "weights": "none", "resize": "letterbox", "normalization": "image", "image_size": 96,
-    "lr": 1e-3, "epochs": 4,
+    "lr": 1e-3,
 }
 HINTS = {  # for flags that people try
     "--train": "training is what happens without --evaluate, --predict, --export or --demo",
@@ -258,7 +258,7 @@ class Config:
         "(default: NAME_heatmap.png), a folder for several (default: none); with --evaluate, a "
         "folder for the most wrong images")
     cam: str = option(
-        "PED", "fine", one_of("fine gradcam"), "heatmap: fine (fused LayerCAM of several stages) "
+        "PED", "fine", one_of("fine gradcam"), "heatmap: fine (maps of all stages, multiplied) "
         "or gradcam (the last stage)")
     cam_class: str = option(
         "PED", "abnormal", one_of("abnormal normal predicted"), "class that the heatmap explains")
@@ -2268,8 +2268,7 @@ class CamMethod:
 
 CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
     "fine": CamMethod((
-        (0, layer_cam), (1, partial(layer_cam, negative=0.5)),
-        (2, partial(layer_cam, negative=0.5)), (3, grad_cam))),
+        (0, layer_cam), (1, partial(layer_cam, negative=0.8)), (2, layer_cam), (3, grad_cam))),
     "gradcam": CamMethod(((3, grad_cam),), "logits", classical=True),
 }
 

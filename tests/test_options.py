@@ -293,10 +293,10 @@ def test_the_demo_has_defaults_of_its_own_which_flags_overrule() -> None:
     ordinary, demo = mura.Config(), mura.parse_options(["--demo", "here"])
     assert demo.checkpoint == (Path("here/demo.pth"),)
     assert demo.weights == "none"  # it needs no network
-    assert demo.epochs != ordinary.epochs and demo.resize != ordinary.resize
-    words = ["--demo", "--epochs", str(ordinary.epochs), "--resize", ordinary.resize]
+    assert demo.lr != ordinary.lr and demo.resize != ordinary.resize
+    words = ["--demo", "--lr", str(ordinary.lr), "--resize", ordinary.resize]
     config = mura.parse_options(words)
-    assert (config.epochs, config.resize) == (ordinary.epochs, ordinary.resize)
+    assert (config.lr, config.resize) == (ordinary.lr, ordinary.resize)
     assert mura.parse_options(["--demo", "--checkpoint", "a.pth"]).checkpoint == (Path("a.pth"),)
 
 
