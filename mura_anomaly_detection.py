@@ -2274,7 +2274,7 @@ CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCH
 
 
 def stage_maps(
-    network: Network, images: Tensor, method: CamMethod, sign: Tensor
+    network: Network, images: Tensor, method: CamMethod, sign: float
 ) -> tuple[Tensor, Tensor]:
     """Return logits (B,) and the map of each term of a method on the pixels, (terms, B, S, S).
 
@@ -2284,7 +2284,7 @@ def stage_maps(
         network: in evaluation mode.
         images: normalised, (B, 3, S, S).
         method: of CAM_METHODS.
-        sign: (B,), 1 where "abnormal" is explained and -1 where "normal" is.
+        sign: 1 explains "abnormal", -1 "normal".
     """
     stages, side = network.architecture.stages, images.shape[-1]
     first = min(index for index, _ in method.terms)
@@ -2297,7 +2297,7 @@ def stage_maps(
         for stage in stages[first + 1 :]:
             outputs.append(network.run_stage(stage, outputs[-1]))
         logits = network.classify(outputs[-1])
-        gradients = torch.autograd.grad((sign * logits).sum(), outputs)
+        gradients = torch.autograd.grad(sign * logits.sum(), outputs)
     maps = []
     for index, rule in method.terms:
         found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
@@ -2332,7 +2332,7 @@ def peak_of_one(maps: Tensor) -> Tensor:
 
 
 def class_activation_map(
-    network: Network, images: Tensor, method: CamMethod, sign: Tensor, *, tta: bool = False
+    network: Network, images: Tensor, method: CamMethod, sign: float, *, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return logits (B,) and heatmaps (B, S, S) of images (B, 3, S, S); see `stage_maps`.
 
@@ -2453,14 +2453,14 @@ class Ensemble:
         return np.where(np.isfinite(logits), sigmoid(logits / temperatures), np.nan)
 
     def explain(
-        self, images: Sequence[Tensor], method: CamMethod, sign: Tensor
+        self, images: Sequence[Tensor], method: CamMethod, sign: float
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the logits (members, B) of a batch, and each member's heatmaps (B, S, S).
 
         Args:
             images: as of `logits`.
             method: of CAM_METHODS.
-            sign: (B,), 1 where "abnormal" is explained and -1 where "normal" is; so is the map's.
+            sign: 1 explains "abnormal", -1 "normal"; so is the map's.
         """
         rows, maps = [], []
         for model, batch in zip(self.models, images, strict=True):
@@ -2469,7 +2469,7 @@ class Ensemble:
                 logits, heat = class_activation_map(
                     model.network, inputs, method, sign, tta=model.tta)
             rows.append(logits)
-            maps.append(heat * sign[:, None, None] / (model.temperature if method.classical else 1))
+            maps.append(heat * sign / (model.temperature if method.classical else 1))
         return torch.stack(rows), maps
 
     def predict_dataset(
@@ -4389,13 +4389,12 @@ class Predictor:
 
     def answer(self, views: Sequence[ViewResult]) -> None:
         """Set the probabilities of a batch, and the models' maps."""
-        ensemble, device = self.ensemble, self.ensemble.hardware.device
+        ensemble, explained = self.ensemble, self.config.cam_class
+        device = ensemble.hardware.device
         batches = zip(*(view.inputs for view in views), strict=True)
         images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
-        explained = self.config.cam_class
         for name in [explained] if explained in SIGNS else SIGNS:
-            sign = torch.full((len(views),), SIGNS[name], device=device)
-            logits, maps = ensemble.explain(images, self.method, sign)
+            logits, maps = ensemble.explain(images, self.method, SIGNS[name])
             for i, view in enumerate(views):
                 view.maps[name] = [heat[i] for heat in maps]
         mean = ensemble.probabilities(logits.cpu().double().numpy()).mean(axis=0)

@@ -443,9 +443,8 @@ def explain(bench: Bench) -> Measured:
         for index, _ in method.terms
     ]
     peer, targets = LayerCAM(network, layers), [BinaryClassifierOutputTarget(1)] * 64
-    sign = torch.ones(64, device=bench.device)
     ratio, *seconds = bench.versus(
-        lambda: mura.class_activation_map(network, images, method, sign)[1].cpu(),
+        lambda: mura.class_activation_map(network, images, method, 1.0)[1].cpu(),
         lambda: peer(images, targets),
         2,
     )
