@@ -2268,7 +2268,8 @@ class CamMethod:
 
 CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
     "fine": CamMethod((
-        (0, layer_cam), (1, partial(layer_cam, negative=0.8)), (2, layer_cam), (3, grad_cam))),
+        (0, layer_cam), (1, partial(layer_cam, negative=0.5)),
+        (2, partial(layer_cam, negative=0.5)), (3, grad_cam))),
     "gradcam": CamMethod(((3, grad_cam),), "logits", classical=True),
 }
 

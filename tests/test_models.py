@@ -798,13 +798,12 @@ def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
 def test_fine_is_the_product_of_pytorch_grad_cams_maps(name: str, network: Any, sign: int) -> None:
     """Each in its place, clipped there, and with a peak of 1.
 
-    LayerCAM of the first and the third stage, four fifths of the way from it to HiResCAM of the
-    second, Grad-CAM of the last.
+    LayerCAM of the first stage, what is midway from it to HiResCAM of two more, Grad-CAM of the last.
     """
     peer = peer_maps(name, sign)
     product = torch.ones(3, SIDE, SIDE)
-    between = 0.2 * peer["layer_cam", 1] + 0.8 * peer["hires_cam", 1]
-    terms = [peer["layer_cam", 0], between, peer["layer_cam", 2], peer["grad_cam", 3]]
+    midway = [(peer["layer_cam", stage] + peer["hires_cam", stage]) / 2 for stage in (1, 2)]
+    terms = [peer["layer_cam", 0], *midway, peer["grad_cam", 3]]
     for found, stage in zip(terms, network.architecture.stages, strict=True):
         placed = mura.enlarge(found, SIDE, stage).relu()
         product *= placed / placed.amax((1, 2), keepdim=True).clamp(min=1e-30)
