@@ -954,6 +954,20 @@ def test_the_text_has_every_metric_of_both_levels() -> None:
     assert "note" not in mura.format_report(report)
 
 
+def test_every_value_of_the_text_stands_below_its_heading() -> None:
+    """Beside the longest name of a metric, and of a body part, there is still room."""
+    images = two_views(140, ("XR_A_PART_OF_LONG_NAME_A", "XR_HAND"))
+    lines = mura.format_report(report_of(images, prevalence=0.1)).splitlines()
+    parts = next(i for i, line in enumerate(lines) if line.startswith("body part"))
+    names = [mura.METRICS[name].heading for name in ("auroc", "kappa", "sensitivity")]
+    tables = [(1, ["studies", "images"], len(mura.METRICS)), (parts, names, 2)]
+    for first, headings, count in tables:
+        for heading in headings:
+            place = lines[first].index(heading)
+            for line in lines[first + 1 : first + 1 + count]:
+                assert line[place - 1] == " " and line[place] in "-0123456789"
+
+
 def test_the_text_leaves_out_what_repeats() -> None:
     """One body part is the whole; images are studies where each study has one view."""
     several = mura.format_report(report_of(two_views()))

@@ -179,6 +179,15 @@ def test_counts_of_studies_classes_and_views(root: Path) -> None:
     assert views_of == {"0": {1, 2, 3}, "1": {1, 2, 3}}  # the number of views tells nothing
 
 
+def test_a_second_study_is_of_a_patient_who_has_a_first(tmp_path: Path) -> None:
+    """Also where it is the last one that is asked for."""
+    root = mad.write_phantoms(tmp_path, 5, 10, ("XR_WRIST",), size=64)
+    for split, studies in (("train", [1, 1, 1, 2]), ("valid", [1, 1, 1, 2] * 2)):
+        patients = sorted((root / split / "XR_WRIST").iterdir())
+        found = [sorted(path.name[:6] for path in patient.iterdir()) for patient in patients]
+        assert found == [["study1", "study2"][:count] for count in studies]
+
+
 def test_patients_are_disjoint_recur_across_body_parts_and_may_return(root: Path) -> None:
     parts_of: dict[str, dict[str, set[str]]] = {"train": {}, "valid": {}}
     for split, parts in parts_of.items():

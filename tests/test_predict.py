@@ -763,6 +763,17 @@ def test_prevalence_is_in_report_and_rows(
     assert f"{shown} at --prevalence" in capsys.readouterr().out
 
 
+def test_what_failed_has_no_probability_at_prevalence(
+    ask: Ask, image: Path, bad: dict[str, Path]
+) -> None:
+    """Its row is there, and the others are."""
+    flags = ("--prevalence", "0.1", "--output", "r.json")
+    assert ask(bad["cut.png"], image, *flags) == mura.EXIT_SOME_FAILED
+    failed, answered = read_json("r.json")
+    assert failed["error"] and not failed.get("probability_at_prevalence")
+    assert 0 < answered["probability_at_prevalence"] < answered["probability"]
+
+
 @pytest.mark.parametrize(("flag", "averaged"), [("--tta", True), ("--no-tta", False)])
 def test_tta_flag_overrules_the_models(
     flag: str, averaged: bool, ask: Ask, evaluate: Ask, pair: list[Path], valid: list[Path]
@@ -1533,6 +1544,16 @@ def test_the_figure_of_many_views_shows_the_first(
     assert ask("study1_all", "--output", "r.json") == mura.EXIT_DONE
     assert "(the first 2 of 5 views)" in capsys.readouterr().out
     assert len(read_json("r.json")[0]["views"]) == 5
+
+
+def test_a_figure_that_shows_every_view_is_not_called_a_part(
+    ask: Ask, image: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many views as a figure takes."""
+    monkeypatch.setattr(mura, "FIGURE_ROWS", 2)
+    plant(tmp_path, image, *(f"study1_all/image{i}.png" for i in range(2)))
+    assert ask("study1_all", "--figure", "x.png") == mura.EXIT_DONE
+    assert "    figure: x.png" in capsys.readouterr().out.splitlines()
 
 
 def test_windows_are_few_however_many_inputs(

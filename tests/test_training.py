@@ -1089,6 +1089,20 @@ def test_a_finished_run_is_only_tested_again(
     assert same(checkpoint, whole)
 
 
+@pytest.mark.parametrize("epochs", ["1", "2"])
+def test_a_run_with_no_epoch_left_says_how_to_go_on(
+    epochs: str, untested: Path, whole_untested: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has two; as many or fewer leave it as it is."""
+    checkpoint = copy_run(whole_untested, tmp_path)
+    assert run_inside(*resuming(untested, checkpoint, "--epochs", epochs)) == 0
+    told = capsys.readouterr().out
+    assert f"--epochs {epochs}: 2 are done, so none is left; a larger number goes on" in told
+    assert "schedule" not in told
+    assert same(checkpoint, whole_untested)
+
+
 def test_weights_are_not_needed_to_resume(
     untested: Path, whole_untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
