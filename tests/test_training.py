@@ -573,6 +573,24 @@ def test_a_temperature_takes_many_patients(
     assert read_model(tmp_path / "run.pth")["temperature"] == 1
 
 
+def test_a_body_part_of_val_alone_is_not_one_that_was_trained_on(
+    untested: Path, whole_untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--val-split draws patients, whatever their body parts: the model warns of this one later."""
+    data, checkpoint = tmp_path / "MURA-v1.1", tmp_path / "run.pth"
+    shutil.copytree(untested, data, ignore=shutil.ignore_patterns(".mura_cache", "*.csv"))
+    patient = read_model(whole_untested)["patients"]["val"][0]
+    (data / "train" / "XR_WRIST").mkdir()
+    next(data.glob(f"train/*/{patient}")).rename(data / "train" / "XR_WRIST" / patient)
+    assert run_inside(*training(data, checkpoint, "--epochs", "1")) == 0
+    content = read_model(checkpoint)
+    assert patient in content["patients"]["val"] and tuple(content["body_parts"]) == PARTS
+    capsys.readouterr()
+    command = ("--evaluate", "--data-dir", data, "--split", "train", "--checkpoint", checkpoint)
+    assert run_inside(*command, "--device", "cpu", "--bootstrap", "100") == 0
+    assert "(XR_WRIST) that the model was not trained on" in capsys.readouterr().err
+
+
 # ----- which epoch is kept ----------------------------------------------------------------------
 
 
