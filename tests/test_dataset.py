@@ -1408,6 +1408,17 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(changed: bool, roo
     require_right(mura.MuraDataset(decoded(root)))
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 5, 40])
+def test_results_come_in_the_order_of_the_images(ahead: int) -> None:
+    """Also where later ones are ready first."""
+    def slower_first(image: int) -> int:
+        time.sleep(0.002 * (image < 3))
+        return image
+
+    found = mura.map_ahead(slower_first, range(20), workers=3, ahead=ahead)
+    assert list(found) == list(range(20))
+
+
 def test_a_stop_while_images_are_handed_to_threads_reads_no_further() -> None:
     read = []
 

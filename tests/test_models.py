@@ -584,15 +584,15 @@ def test_a_download_that_is_not_whole_is_not_kept(
 
 def test_code_in_a_file_put_there_by_hand_is_not_run(thin: None, offline: Path) -> None:
     offline.mkdir(parents=True)
-    evidence = offline / "ran"
+    trace = offline / "ran"
 
     class Code:
         def __reduce__(self) -> Any:
-            return evidence.mkdir, ()
+            return trace.mkdir, ()
 
     torch.save({"conv1.weight": Code()}, offline / HUB_FILES["resnet50"])
     assert "are not available (UnpicklingError: " in refusal(initial)
-    assert not evidence.exists()
+    assert not trace.exists()
 
 
 # ----- device and precision
