@@ -1536,24 +1536,16 @@ def test_figures_of_several_inputs_fill_a_folder(
         assert name in error_line(capsys.readouterr())
 
 
-def test_the_figure_of_many_views_shows_the_first(
-    ask: Ask, image: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "rest"), [(5, " (the first 2 of 5 views)"), (2, "")])
+def test_a_figure_that_leaves_views_out_says_so(
+    count: int, rest: str, ask: Ask, image: Path, tmp_path: Path, capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(mura, "FIGURE_ROWS", 2)
-    plant(tmp_path, image, *(f"study1_all/image{i}.png" for i in range(5)))
-    assert ask("study1_all", "--output", "r.json") == mura.EXIT_DONE
-    assert "(the first 2 of 5 views)" in capsys.readouterr().out
-    assert len(read_json("r.json")[0]["views"]) == 5
-
-
-def test_a_figure_that_shows_every_view_is_not_called_a_part(
-    ask: Ask, image: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many views as a figure takes."""
-    monkeypatch.setattr(mura, "FIGURE_ROWS", 2)
-    plant(tmp_path, image, *(f"study1_all/image{i}.png" for i in range(2)))
-    assert ask("study1_all", "--figure", "x.png") == mura.EXIT_DONE
-    assert "    figure: x.png" in capsys.readouterr().out.splitlines()
+    plant(tmp_path, image, *(f"study1_all/image{i}.png" for i in range(count)))
+    assert ask("study1_all", "--figure", "x.png", "--output", "r.json") == mura.EXIT_DONE
+    assert f"    figure: x.png{rest}" in capsys.readouterr().out.splitlines()
+    assert len(read_json("r.json")[0]["views"]) == count
 
 
 def test_windows_are_few_however_many_inputs(
