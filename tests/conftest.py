@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have -n start files in their order: the first, test_api.py, has the demo of two minutes."""
+    """Have -n start files in their order: the first, test_api.py, has the demo."""
     config.option.loadscopereorder = False
 
 
@@ -87,10 +87,16 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo as the README has it, in an empty folder and HOME: its folder, what it printed."""
+def demo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The demo in an empty folder and HOME, as the README has it with --many, else of three epochs.
+
+    Its folder, and what it printed.
+    """
     home = tmp_path_factory.mktemp("home")
-    done = run_command("--demo", cwd=home, HOME=str(home))
+    shorter = () if request.config.getoption("many") else ("--epochs", "3")
+    done = run_command("--demo", *shorter, cwd=home, HOME=str(home))
     assert done.returncode == 0, done.stderr
     return home / "mura_demo", done.stdout
 
