@@ -3977,9 +3977,9 @@ def evaluate_ensemble(
     decoded = [shared_decode(config, scan, model.shape, distributed) for model in ensemble.models]
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
-    first = data[0]
+    first, fingerprint = data[0], data[0].fingerprint()
     if config.mode == "E":
-        require_own_report(config, scan.split, first.fingerprint())
+        require_own_report(config, scan.split, fingerprint)
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
@@ -3998,7 +3998,7 @@ def evaluate_ensemble(
         members = [as_predictions(first.records, row).take(kept)
                    for row in ensemble.probabilities(logits)]
         report, images, studies = make_report(config, ensemble, scan, members, notes)
-        report |= {"bad_images": bad_images, "data": first.fingerprint()}
+        report |= {"bad_images": bad_images, "data": fingerprint}
         write_report(config, report, images, studies)
         if config.mode == "E" and config.figure:
             config = replace(config, threshold=report["threshold"])
@@ -4296,20 +4296,17 @@ def input_header(path: Path) -> ImageHeader | None:
     That is what --predict saved there, and what is no image; but a damaged file with an image's
     suffix is an input, which fails.
     """
-    if is_own_figure(path):
+    if path.name.endswith(HEATMAP_ENDING) and is_ours(path):
         return None
     header = read_header(path)
     if header or path.suffix.lower() not in IMAGE_SUFFIXES:
         return header
     is_report = False
     with OPTIONAL:
-        is_report = path.is_file() and _image_format(path.read_bytes()) == "DICOM"
+        if path.is_file():
+            with path.open("rb") as file:
+                is_report = _image_format(file.read(HEAD_BYTES)) == "DICOM"
     return None if is_report else ImageHeader("")
-
-
-def is_own_figure(path: Path) -> bool:
-    """Return whether --predict saved this picture beside the images."""
-    return path.name.endswith(HEATMAP_ENDING) and is_ours(path)
 
 
 def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
