@@ -2091,6 +2091,16 @@ class Network(nn.Module):
             features = self.backbone.get_submodule(layer)(features)
         return features
 
+    def shift_last_stage(self, features: Tensor) -> Sequence[Tensor]:
+        """Return the last stage's outputs (B, C, h, w) for its input shifted by 0 or 1 cells.
+
+        Left, and then up: stitched together they have twice the cells (arXiv 1411.4038, 3.2).
+        """
+        shifts = itertools.product((0, 1), repeat=2)
+        inputs = [functional.pad(features, (0, right, 0, down), "replicate")[..., down:, right:]
+                  for down, right in shifts]
+        return self.run_stage(self.architecture.stages[-1], torch.cat(inputs)).chunk(4)
+
     def classify(self, features: Tensor) -> Tensor:
         """Return logits (B,) of the last stage's output; in fp32 also under autocast."""
         return (features.float().mean((2, 3)) * self.head.weight[0]).sum(1) + self.head.bias
@@ -2274,6 +2284,7 @@ CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCH
 }
 
 
+@torch.no_grad()
 def stage_maps(
     network: Network, images: Tensor, method: CamMethod, sign: float
 ) -> tuple[Tensor, Tensor]:
@@ -2288,23 +2299,33 @@ def stage_maps(
         sign: 1 explains "abnormal", -1 "normal".
     """
     stages, side = network.architecture.stages, images.shape[-1]
-    first = min(index for index, _ in method.terms)
-    activations = images
-    with torch.no_grad():
-        for stage in stages[: first + 1]:
-            activations = network.run_stage(stage, activations)
-    with torch.enable_grad():
-        outputs = [activations.requires_grad_()]
-        for stage in stages[first + 1 :]:
+    first, last = min(index for index, _ in method.terms), len(stages) - 1
+    outputs = [images]
+    for index, stage in enumerate(stages):
+        with torch.set_grad_enabled(index > first):
             outputs.append(network.run_stage(stage, outputs[-1]))
+        if index == first:
+            outputs[-1].requires_grad_()
+    with torch.enable_grad():
         logits = network.classify(outputs[-1])
-        gradients = torch.autograd.grad(sign * logits.sum(), outputs)
+        gradients = torch.autograd.grad(sign * logits.sum(), outputs[first + 1 :])
     maps = []
     for index, rule in method.terms:
-        found = rule(outputs[index - first].detach().float(), gradients[index - first].float())
-        placed = None if method.classical else stages[index]
-        maps.append(enlarge(found.relu() if method.classical else found, side, placed))
+        stage, gradient = stages[index], gradients[index - first].float()
+        if index == last and not method.classical:
+            shifted = network.shift_last_stage(outputs[last])
+            found = stitch(torch.stack([rule(output.float(), gradient) for output in shifted]))
+            stage = replace(stage, stride=stage.stride // 2)
+        else:
+            found = rule(outputs[index + 1].float(), gradient)
+        placed = enlarge(found.relu(), side) if method.classical else enlarge(found, side, stage)
+        maps.append(placed)
     return logits.detach(), torch.stack(maps)
+
+
+def stitch(maps: Tensor) -> Tensor:
+    """Return maps (4, B, h, w) of shifted inputs with their cells side by side, (B, 2h, 2w)."""
+    return functional.pixel_shuffle(maps.transpose(0, 1), 2)[:, 0]
 
 
 def enlarge(maps: Tensor, side: int, stage: Stage | None = None) -> Tensor:

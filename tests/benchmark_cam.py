@@ -129,10 +129,15 @@ def placement(study: Study, squares: int = 40) -> None:
             features = study.model.normalization(mura.to_unit(both))
             with torch.no_grad():
                 for index, stage in enumerate(network.architecture.stages):
-                    features = network.run_stage(stage, features)
+                    if stage is network.architecture.stages[-1]:
+                        outputs = torch.stack(list(network.shift_last_stage(features)))
+                        change = mura.stitch((outputs[:, 1:] - outputs[:, :1]).square().sum(2))
+                        stage = replace(stage, stride=stage.stride // 2)
+                    else:
+                        features = network.run_stage(stage, features)
+                        change = (features[1:] - features[:1]).square().sum(1)
                     if index not in indices:
                         continue
-                    change = (features[1] - features[0]).square().sum(0)[None]
                     heat = mura.enlarge(change, side, stage)[0].numpy()
                     rows, columns = np.nonzero(heat >= heat.max() / 2)
                     centre = np.array([rows.mean(), columns.mean()])

@@ -794,17 +794,56 @@ def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
     torch.testing.assert_close(ours, enlarged(peer), atol=1e-5 * float(peer.max()), rtol=0)
 
 
+def last_map(network: Any, sign: float) -> Tensor:
+    """Return head weights x features of the last stage (CAM, arXiv 1512.04150) with twice its cells.
+
+    Each shift of its input by a cell, edge cells repeated, gives every second row and column.
+    """
+    *finer, last = network.architecture.stages
+    features = draw_images(3)
+    with torch.inference_mode():
+        for stage in finer:
+            features = network.run_stage(stage, features)
+        cells = SIDE // 32
+        dense = torch.zeros(3, 2 * cells, 2 * cells)
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            moved = np.pad(features.numpy(), ((0, 0), (0, 0), (0, down), (0, right)), mode="edge")
+            output = network.run_stage(last, torch.from_numpy(moved[:, :, down:, right:].copy()))
+            dense[:, down::2, right::2] = torch.einsum("bchw,c->bhw", output, network.head.weight[0])
+    unshifted = peer_maps(network.name, int(sign))["grad_cam", 3] * cells**2
+    torch.testing.assert_close(sign * dense[:, ::2, ::2], unshifted, atol=1e-4, rtol=1e-4)
+    return sign * dense
+
+
+def test_shifts_of_the_last_stage_are_its_dilated_convolutions() -> None:
+    """As torchvision builds them (`replace_stride_with_dilation`), where padding is not felt."""
+    network = network_of("resnet50")
+    dilated = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    dilated.layer4.load_state_dict(network.backbone.layer4.state_dict())
+    features = torch.rand(2, network.backbone.layer4[0].conv1.in_channels, 24, 24)
+    with torch.inference_mode():
+        expected = dilated.layer4(features)
+        shifted = torch.stack(list(network.shift_last_stage(features)))
+    for channel in (0, 17):
+        stitched = mura.stitch(shifted[:, :, channel])
+        assert stitched.shape == (2, 24, 24) and stitched[:, 7:-7, 7:-7].std() > 0
+        torch.testing.assert_close(
+            stitched[:, 7:-7, 7:-7], expected[:, channel, 7:-7, 7:-7], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sign", [1, -1], ids=["abnormal", "normal"])
 def test_fine_is_the_product_of_pytorch_grad_cams_maps(name: str, network: Any, sign: int) -> None:
     """Each in its place, clipped there, and with a peak of 1.
 
-    LayerCAM of the first stage, what is midway from it to HiResCAM of two more, Grad-CAM of the last.
+    LayerCAM of the first stage, what is midway from it to HiResCAM of two more, Grad-CAM of the last, which
+    has a cell for each of its input.
     """
     peer = peer_maps(name, sign)
     product = torch.ones(3, SIDE, SIDE)
     midway = [(peer["layer_cam", stage] + peer["hires_cam", stage]) / 2 for stage in (1, 2)]
-    terms = [peer["layer_cam", 0], *midway, peer["grad_cam", 3]]
-    for found, stage in zip(terms, network.architecture.stages, strict=True):
+    terms = [peer["layer_cam", 0], *midway, last_map(network, sign)]
+    *finer, stage = network.architecture.stages
+    for found, stage in zip(terms, [*finer, replace(stage, stride=16)], strict=True):
         placed = mura.enlarge(found, SIDE, stage).relu()
         product *= placed / placed.amax((1, 2), keepdim=True).clamp(min=1e-30)
     ours = cam_of(name, FINE, sign)
@@ -1005,8 +1044,12 @@ def square_distances(network: Any, side: int, squares: int) -> np.ndarray:
     distances = []
     with torch.inference_mode():
         for stage in network.architecture.stages:
-            features = network.run_stage(stage, features)
-            change = (features[1:] - features[:1]).square().sum(1)
+            if stage is network.architecture.stages[-1]:
+                outputs, stage = torch.stack(list(network.shift_last_stage(features))), replace(stage, stride=16)
+                change = mura.stitch((outputs[:, 1:] - outputs[:, :1]).square().sum(2))
+            else:
+                features = network.run_stage(stage, features)
+                change = (features[1:] - features[:1]).square().sum(1)
             for heat, centre in zip(mura.enlarge(change, side, stage), wanted, strict=True):
                 found = torch.nonzero(heat >= heat.max() / 2).float().mean(0).numpy()
                 distances.append(float(np.hypot(*(found - centre))) / side)
@@ -1017,7 +1060,7 @@ def square_distances(network: Any, side: int, squares: int) -> np.ndarray:
 def test_a_pasted_square_is_found_where_it_is(side: int) -> None:
     """DenseNet-169 with random weights, which look less sharply than trained ones, at its border too."""
     distances = square_distances(network_of("densenet169"), side, 5)
-    assert distances[:3].max() <= 0.02 and distances[3] <= 0.05
+    assert distances[:3].max() <= 0.02 and distances[3] <= 0.04
 
 
 @pytest.mark.skipif(not IMAGENET_RESNET.exists(), reason="needs a ResNet-50 with ImageNet weights")
