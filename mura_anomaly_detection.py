@@ -2252,6 +2252,16 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return (gradients.sum((2, 3), keepdim=True) * activations).sum(1)
 
 
+def grad_cam_above_chance(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Return Grad-CAM's sum over channels, less two standard deviations of that by chance.
+
+    Chance is a random sign for each channel: what a head that has learnt nothing finds, or one
+    whose weights were reset (sanity check, arXiv 1810.03292), is within them nearly everywhere.
+    """
+    contributions = gradients.sum((2, 3), keepdim=True) * activations
+    return contributions.sum(1) - 2 * contributions.square().sum(1).sqrt()
+
+
 def layer_cam(activations: Tensor, gradients: Tensor, negative: float = 0.0) -> Tensor:
     """Return the sum over channels of relu(gradient) x activation (10.1109/TIP.2021.3089943).
 
@@ -2279,7 +2289,7 @@ class CamMethod:
 CAM_METHODS = {  # the choices of --cam; why `fine` is this product: tests/BENCHMARKS.md
     "fine": CamMethod((
         (0, layer_cam), (1, partial(layer_cam, negative=0.5)),
-        (2, partial(layer_cam, negative=0.5)), (3, grad_cam))),
+        (2, partial(layer_cam, negative=0.5)), (3, grad_cam_above_chance))),
     "gradcam": CamMethod(((3, grad_cam),), "logits", classical=True),
 }
 

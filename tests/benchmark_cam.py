@@ -99,7 +99,7 @@ def deletion(study: Study, methods: list[str]) -> None:
                 continue
             heatmap, pixels = view.heatmap, view.pixels
             blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(pixels.shape) / 20))
-            hottest = heatmap >= np.quantile(heatmap, 0.95)
+            hottest = (heatmap >= np.quantile(heatmap, 0.95)) & (heatmap > 0)
             changed = np.where(hottest, np.asarray(blurred), pixels)
             falls[method].append(study.logit(pixels) - study.logit(changed))
     random = np.random.default_rng(0)

@@ -76,7 +76,7 @@ def torchvision_network(name: str) -> Any:
 def network_of(name: str) -> Any:
     """Return ours with the same weights; not to be changed.
 
-    The head is drawn so that the cells of an image of `draw_images(3)` speak for both classes.
+    The head is made so that cells of the images of `draw_images(3)` speak for both classes, above chance.
     """
     torch.manual_seed(2)
     network = mura.Network(name)
@@ -86,7 +86,9 @@ def network_of(name: str) -> Any:
         for stage in network.eval().architecture.stages:
             features = network.run_stage(stage, features)
         pooled = features.mean((2, 3)).double()
-        weight = torch.randn(1, pooled.shape[1]).double() / 2
+        cells = features.double().mean(0)
+        weight = (cells[:, 0, 0] - cells[:, 1, 1] + torch.randn(len(cells)) * cells.std() / 4)[None]
+        weight /= 20 * weight.std()
         weight -= (weight @ pooled.T) @ torch.linalg.inv(pooled @ pooled.T) @ pooled
         network.head.weight.copy_(weight)
         network.head.bias.fill_(0.3)
@@ -795,7 +797,7 @@ def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
 
 
 def last_map(network: Any, sign: float) -> Tensor:
-    """Return head weights x features of the last stage (CAM, arXiv 1512.04150) with twice its cells.
+    """Return head weights x features of the last stage (CAM, arXiv 1512.04150), less two standard deviations.
 
     Each shift of its input by a cell, edge cells repeated, gives every second row and column.
     """
@@ -805,14 +807,38 @@ def last_map(network: Any, sign: float) -> Tensor:
         for stage in finer:
             features = network.run_stage(stage, features)
         cells = SIDE // 32
-        dense = torch.zeros(3, 2 * cells, 2 * cells)
+        dense, variance = torch.zeros(2, 3, 2 * cells, 2 * cells)
         for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
             moved = np.pad(features.numpy(), ((0, 0), (0, 0), (0, down), (0, right)), mode="edge")
             output = network.run_stage(last, torch.from_numpy(moved[:, :, down:, right:].copy()))
             dense[:, down::2, right::2] = torch.einsum("bchw,c->bhw", output, network.head.weight[0])
+            variance[:, down::2, right::2] = torch.einsum("bchw,c->bhw", output**2, network.head.weight[0] ** 2)
     unshifted = peer_maps(network.name, int(sign))["grad_cam", 3] * cells**2
     torch.testing.assert_close(sign * dense[:, ::2, ::2], unshifted, atol=1e-4, rtol=1e-4)
-    return sign * dense
+    return sign * dense - 2 * variance.sqrt()
+
+
+def test_chance_is_a_random_sign_for_each_channel() -> None:
+    """The standard deviation of the sum is that of many draws; 2 of them are taken off on either side."""
+    generator = torch.Generator().manual_seed(0)
+    activations, gradients = torch.rand(2, 1, 300, 3, 4, generator=generator)
+    weights = gradients.sum((2, 3), keepdim=True)
+    signs = torch.randint(0, 2, (4000, 300, 1, 1), generator=generator) * 2 - 1
+    chance = (signs * weights * activations).sum(1).std(0)
+    for sign in (1, -1):
+        found = mura.grad_cam_above_chance(activations, sign * gradients)[0]
+        expected = sign * mura.grad_cam(activations, gradients)[0] - 2 * chance
+        torch.testing.assert_close(found, expected, atol=0, rtol=0.05)
+
+
+def test_a_head_that_has_learnt_nothing_makes_no_heat() -> None:
+    """The sanity check of arXiv 1810.03292 in the small: above chance by luck in 2.3 % of the draws."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 500, 1, 1, generator=generator)
+    drawn = torch.randn(1000, 500, 1, 1, generator=generator)
+    warm = (mura.grad_cam_above_chance(features, drawn) > 0).float().mean()
+    assert 0.01 < warm < 0.04
+    assert (mura.grad_cam_above_chance(features, drawn.abs()) > 0).all(), "where all channels agree"
 
 
 def test_shifts_of_the_last_stage_are_its_dilated_convolutions() -> None:
@@ -836,14 +862,14 @@ def test_fine_is_the_product_of_pytorch_grad_cams_maps(name: str, network: Any, 
     """Each in its place, clipped there, and with a peak of 1.
 
     LayerCAM of the first stage, what is midway from it to HiResCAM of two more, Grad-CAM of the last, which
-    has a cell for each of its input.
+    has a cell for each of its input and counts above chance alone.
     """
     peer = peer_maps(name, sign)
     product = torch.ones(3, SIDE, SIDE)
     midway = [(peer["layer_cam", stage] + peer["hires_cam", stage]) / 2 for stage in (1, 2)]
     terms = [peer["layer_cam", 0], *midway, last_map(network, sign)]
-    *finer, stage = network.architecture.stages
-    for found, stage in zip(terms, [*finer, replace(stage, stride=16)], strict=True):
+    *stages, last = network.architecture.stages
+    for found, stage in zip(terms, [*stages, replace(last, stride=16)], strict=True):
         placed = mura.enlarge(found, SIDE, stage).relu()
         product *= placed / placed.amax((1, 2), keepdim=True).clamp(min=1e-30)
     ours = cam_of(name, FINE, sign)
