@@ -2516,7 +2516,7 @@ INTERVAL_NOTE = (
 class Predictions:
     """Labels and probabilities of N images, or of N studies once pooled; each field has N."""
 
-    path: tuple[str, ...]  # of the image, or of the study
+    path: Array  # of the image, or of the study
     body_part: Array  # "XR_ELBOW"
     patient: Array  # the unit that is resampled
     study: Array  # path of the study, unique across body parts
@@ -2525,13 +2525,12 @@ class Predictions:
 
     def take(self, rows: Array) -> Predictions:
         """Return the given rows: (K,) integers, or a mask (N,)."""
-        taken = {name: np.asarray(column)[rows] for name, column in vars(self).items()}
-        return Predictions(**taken | {"path": tuple(taken["path"].tolist())})
+        return Predictions(**{name: column[rows] for name, column in vars(self).items()})
 
 
-def sigmoid(logits: Floats, temperature: float | Floats = 1.0) -> Floats:
-    """Return probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
-    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # 1 / (1 + exp(-x)) without overflow
+def sigmoid(logits: Floats) -> Floats:
+    """Return probabilities of abnormal."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))  # 1 / (1 + exp(-x)) without overflow
 
 
 def to_logits(probability: Floats) -> Floats:
@@ -2575,7 +2574,7 @@ def pool_views(
         study, return_index=True, return_inverse=True, return_counts=True)
     mean = np.bincount(index, probability) / views
     divisor = study_divisor(temperature, views)
-    pooled = np.where(divisor == 1, mean, sigmoid(to_logits(mean), divisor))
+    pooled = np.where(divisor == 1, mean, sigmoid(to_logits(mean) / divisor))
     return pooled[np.argsort(first)]
 
 
@@ -2587,56 +2586,46 @@ def study_divisor(temperature: float | Floats, views: Array | float) -> Floats:
 def pool_studies(images: Predictions, temperature: float = 1.0) -> Predictions:
     """Return the studies of these images, in order of first appearance; see `pool_views`.
 
-    >>> pair = [np.array([x, x]) for x in ("XR_HAND", "patient1", "study1", 1)]
-    >>> images = Predictions(("1.png", "2.png"), *pair, np.array([0.2, 0.6]))
+    >>> pair = [np.array([x, x]) for x in ("image", "XR_HAND", "patient1", "study1", 1)]
+    >>> images = Predictions(*pair, np.array([0.2, 0.6]))
     >>> pool_studies(images).probability.tolist()
     [0.4]
     """
     studies = images.take(np.sort(np.unique(images.study, return_index=True)[1]))
     pooled = pool_views(images.probability, images.study, temperature)
-    return replace(studies, path=tuple(studies.study.tolist()), probability=pooled)
+    return replace(studies, path=studies.study, probability=pooled)
 
 
-@dataclass(frozen=True)
 class Counts:
-    """Weighted counts of cases in R resamples; every metric is a function of them."""
+    """Weighted counts of cases in R resamples; every metric is a function of them.
 
-    tp: Floats  # (R,) abnormal, predicted abnormal
-    fp: Floats
-    fn: Floats
-    tn: Floats
-    total: Floats
-    squared_error: Floats  # (R,) sum over the cases
-    gaps: Floats  # (R, ECE_BINS) sum of label - probability
-    tp_curve: Floats  # (R, K + 1) abnormal cases at or above the k highest distinct probabilities
-    tn_curve: Floats  # (R, K + 1) normal cases below them; all in the first column
-    odds: Floats  # (R,) what an abnormal case counts beside a normal one at --prevalence
+    Each row of weights (R, N) says how often each of the N cases counts; without, R is 1 and each
+    counts once. A curve (R, K + 1) has a column for each threshold: above all cases, then at the k
+    highest distinct probabilities, each included.
+    """
 
-
-def count_cases(
-    label: Array, probability: Floats, threshold: float, weight: Floats,
-    prevalence: float = math.nan,
-) -> Counts:
-    """Return the counts for each row of weights (R, N): how often each of N cases counts."""
-    gap = label - probability
-    gaps = gap[:, None] * (ece_bin(probability)[:, None] == np.arange(ECE_BINS))
-    order = np.argsort(-probability)
-    ends = np.flatnonzero(np.diff(probability[order], append=-1))  # of ties
-    above = np.zeros((2, len(weight), len(ends) + 1))
-    for curve, chosen in zip(above, (label, 1 - label), strict=True):
-        curve[:, 1:] = np.cumsum((weight * chosen)[:, order], axis=1)[:, ends]
-    predicted = np.sum(probability[order][ends] > threshold)
-    (tp, fp), (abnormal, normal) = above[..., predicted], above[..., -1]
-    return Counts(
-        tp, fp, abnormal - tp, normal - fp, total=abnormal + normal,
-        squared_error=weight @ gap**2, gaps=weight @ gaps,
-        tp_curve=above[0], tn_curve=normal[:, None] - above[1],
-        odds=ratio(normal, abnormal) * prevalence / (1 - prevalence))
-
-
-def ece_bin(probability: Floats) -> Array:
-    """Return the bin k of each probability: k / 15 <= p < (k + 1) / 15, and 1.0 in the last."""
-    return np.minimum((probability * ECE_BINS).astype(np.intp), ECE_BINS - 1)
+    def __init__(
+        self, rows: Predictions, threshold: float, weight: Floats | None = None,
+        prevalence: float | None = None,
+    ) -> None:
+        label, probability = rows.label, rows.probability
+        weight = np.ones((1, len(label))) if weight is None else weight
+        order = np.argsort(-probability)
+        ends = np.flatnonzero(np.diff(probability[order], append=-1))  # of ties
+        above = np.zeros((2, len(weight), len(ends) + 1))
+        for curve, chosen in zip(above, (label, 1 - label), strict=True):
+            curve[:, 1:] = np.cumsum((weight * chosen)[:, order], axis=1)[:, ends]
+        predicted = np.sum(probability[order][ends] > threshold)
+        (self.tp, self.fp), (abnormal, normal) = above[..., predicted], above[..., -1]
+        self.fn, self.tn, self.total = abnormal - self.tp, normal - self.fp, abnormal + normal
+        self.tp_curve, self.fp_curve = above
+        self.tn_curve = normal[:, None] - self.fp_curve
+        gap = label - probability
+        self.squared_error = weight @ gap**2
+        bins = np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
+        self.gaps = weight @ (gap[:, None] * (bins[:, None] == np.arange(ECE_BINS)))
+        odds = prevalence / (1 - prevalence) if prevalence else math.nan
+        self.odds = ratio(normal, abnormal) * odds  # what an abnormal case counts there
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:
@@ -2648,14 +2637,13 @@ def ratio(part: Floats, whole: Floats) -> Floats:
 
 def auroc(c: Counts) -> Floats:
     """Return the area under the ROC curve, ties counting half (Hanley & McNeil 1982)."""
-    twice = (-np.diff(c.tn_curve) * (c.tp_curve[:, 1:] + c.tp_curve[:, :-1])).sum(axis=1)
-    return ratio(twice / 2, c.tp_curve[:, -1] * c.tn_curve[:, 0])
+    twice = (np.diff(c.fp_curve) * (c.tp_curve[:, 1:] + c.tp_curve[:, :-1])).sum(axis=1)
+    return ratio(twice / 2, c.tp_curve[:, -1] * c.fp_curve[:, -1])
 
 
 def average_precision(c: Counts) -> Floats:
     """Return the precision averaged over the steps of recall, not interpolated."""
-    predicted = c.tp_curve + c.tn_curve[:, :1] - c.tn_curve
-    precision = c.tp_curve / np.maximum(predicted, 1e-300)
+    precision = c.tp_curve / np.maximum(c.tp_curve + c.fp_curve, 1e-300)
     return ratio((np.diff(c.tp_curve) * precision[:, 1:]).sum(axis=1), c.tp_curve[:, -1])
 
 
@@ -2762,27 +2750,22 @@ HEADLINE = ("auroc", "kappa", "sensitivity", "specificity")  # of body parts and
 
 
 def compute_metrics(
-    label: Array, probability: Floats, threshold: float, weight: Floats | None = None,
+    rows: Predictions, threshold: float, weight: Floats | None = None,
     prevalence: float | None = None,
 ) -> dict[str, Floats]:
-    """Return every metric for each row of weights (R, N), how often each case counts: (R,).
+    """Return every metric for each row of weights, (R,), NaN where undefined; see `Counts`.
 
     Abnormal means probability > threshold (the paper's 'above 0.5'). ECE compares the mean
-    probability of abnormal with the observed frequency in each `ece_bin`. NaN where undefined.
+    probability of abnormal with the observed frequency in bins k / 15 <= p < (k + 1) / 15, of which
+    the last has 1.0 too. A prevalence adds the metrics `at_prevalence`.
 
-    Args:
-        label: 0 or 1, (N,).
-        probability: of abnormal, (N,).
-        threshold: for the metrics `at_threshold`.
-        weight: (R, N); without, R is 1 and every case counts once.
-        prevalence: adds the metrics `at_prevalence`.
-
-    >>> found = compute_metrics(np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9]), threshold=0.5)
+    >>> names = np.array(["a", "b", "c"])
+    >>> label, probability = np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9])
+    >>> found = compute_metrics(Predictions(*[names] * 4, label, probability), threshold=0.5)
     >>> float(found["sensitivity"][0])
     0.5
     """
-    weight = np.ones((1, len(label))) if weight is None else weight
-    counts = count_cases(label, probability, threshold, weight, prevalence or math.nan)
+    counts = Counts(rows, threshold, weight, prevalence)
     return {
         name: metric.function(counts) for name, metric in METRICS.items()
         if prevalence or not metric.at_prevalence
@@ -2806,8 +2789,7 @@ def resample(
     group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
     weight = np.vstack([np.ones(n), *drawn, np.arange(n) % len(group) != group]).astype(np.int16)
     found = [
-        compute_metrics(
-            rows.label, rows.probability, threshold, chunk[:, patient].astype(float), prevalence)
+        compute_metrics(rows, threshold, chunk[:, patient].astype(float), prevalence)
         for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
     ]
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
@@ -2962,13 +2944,12 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
 
     >>> names = np.array(["a", "b", "c", "d"])
     >>> label, probability = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.9])
-    >>> choose_threshold("auto", Predictions(tuple(names), *[names] * 3, label, probability))
+    >>> choose_threshold("auto", Predictions(*[names] * 4, label, probability))
     0.25
     """
     if len(np.unique(studies.label)) < 2:
         return 0.5
-    counts = count_cases(
-        studies.label, studies.probability, 0.5, np.ones((1, len(studies.label))))
+    counts = Counts(studies, 0.5)
     tp, tn = counts.tp_curve[0], counts.tn_curve[0]
     bounds = np.concatenate([[1.0], -np.unique(-studies.probability), [0.0]])
     upper, lower = bounds[:-1], bounds[1:]
@@ -2978,8 +2959,9 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
     goals = [cohen_kappa(tp, tn[0] - tn, tp[-1] - tp, tn)]
     if rule != "auto":
         name, wanted = rule.split("=")
-        sensitivity, specificity = tp / tp[-1], tn / tn[0]
-        kept, free = (specificity, sensitivity) if name == "spec" else (sensitivity, specificity)
+        free, kept = tp / tp[-1], tn / tn[0]
+        if name == "sens":
+            free, kept = kept, free
         goals = [np.minimum(kept, float(wanted)), free, kept]
     ranks = list(zip(*goals, -np.abs(thresholds - 0.5), strict=True))
     return float(thresholds[ranks.index(max(ranks))])
@@ -3372,7 +3354,7 @@ class Trainer:
         state = self.state
         loss = self.loss(torch.from_numpy(logits), *self.val_targets)
         studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
-        metrics = compute_metrics(studies.label, studies.probability, 0.5)
+        metrics = compute_metrics(studies, 0.5)
         val = {name: float(values[0]) for name, values in metrics.items()}
         val["loss"] = loss.item() / len(logits)
         val["accuracy"] = float(((logits > 0) == self.val_set.labels).mean())
@@ -3389,7 +3371,7 @@ class Trainer:
         """Write STEM.pth, with temperatures and threshold found on val."""
         images = as_predictions(self.val_set.records, sigmoid(logits))
         temperature = fit_temperature(logits, images.label, images.patient)
-        images = replace(images, probability=sigmoid(logits, temperature))
+        images = replace(images, probability=sigmoid(logits / temperature))
         study_temperature = fit_study_temperature(images)
         rule = self.config.threshold
         threshold, source = rule or 0.5, "default" if rule is None else "given"
@@ -3462,8 +3444,8 @@ def log_epoch(row: Row, epochs: int, *, best: bool) -> None:
 def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predictions:
     """Return images and their probabilities (N,) for the metrics."""
     columns = {name: np.array([getattr(record, name) for record in records])
-               for name in ("body_part", "patient", "study", "label")}
-    return Predictions(tuple(record.name for record in records), **columns, probability=probability)
+               for name in ("name", "body_part", "patient", "study", "label")}
+    return Predictions(columns.pop("name"), **columns, probability=probability)
 
 
 def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
@@ -3582,8 +3564,8 @@ def draw_curves(
 ) -> None:
     """Draw ROC and precision-recall curves, the operating point and what chance reaches."""
     for level, found, color in (("images", images, "silver"), ("studies", studies, BLUE)):
-        counts = count_cases(found.label, found.probability, 0.5, np.ones((1, len(found.label))))
-        hits, alarms = counts.tp_curve[0], counts.tn_curve[0, 0] - counts.tn_curve[0]
+        counts = Counts(found, report["threshold"])
+        hits, alarms = counts.tp_curve[0], counts.fp_curve[0]
         sensitivity, precision = ratio(hits, hits[-1]), ratio(hits, hits + alarms)
         precision[0] = precision[1]
         roc.plot(ratio(alarms, alarms[-1]), sensitivity, color=color, label=level)

@@ -355,7 +355,7 @@ def test_settings_of_matplotlib_are_left_alone(saved: list[Figure]) -> None:
 def predictions(label: Any, probability: Any, body_part: str = "XR_HAND") -> mura.Predictions:
     """Make predictions of as many images, each its own study and patient."""
     names = np.array([f"{body_part}/patient{i:05}/study1_x" for i in range(len(label))])
-    paths = tuple(f"{name}/image1.png" for name in names)
+    paths = np.array([f"{name}/image1.png" for name in names])
     parts = np.full(len(names), body_part)
     return mura.Predictions(
         paths, parts, names, names, np.array(label), np.array(probability, float)
@@ -545,7 +545,7 @@ def cohort(
     study = np.array(
         [f"{p}/patient{i // 2:05d}/study{i}" for p, i in zip(part, index, strict=True)]
     )
-    path = tuple(f"{s}/image{i % 2}.png" for i, s in enumerate(study))
+    path = np.array([f"{s}/image{i % 2}.png" for i, s in enumerate(study)])
     patient = np.array([f"patient{i // 2:05d}" for i in index])
     logit = 2.5 * (label - 0.5) + random.normal(0, 1, len(index))
     return mura.Predictions(path, part, patient, study, label, 1 / (1 + np.exp(-logit)))
@@ -616,7 +616,7 @@ def test_prevalence_is_that_of_studies(saved: list[Figure]) -> None:
     """One abnormal study of three views, three normal ones of one: 1 of 4, though 3 of 6 images."""
     names = np.array(["a", "a", "a", "b", "c", "d"])
     label, probability = np.array([1, 1, 1, 0, 0, 0]), np.array([0.9, 0.8, 0.7, 0.3, 0.2, 0.1])
-    images = mura.Predictions(tuple("123456"), np.full(6, "XR_HAND"), names, names, label, probability)
+    images = mura.Predictions(np.array(list("123456")), np.full(6, "XR_HAND"), names, names, label, probability)
     ((line, *_),) = lines_of(drawn_report(saved, *evaluated(images))["b"], "prevalence")
     assert line[1] == 0.25
 

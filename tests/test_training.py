@@ -549,7 +549,7 @@ def test_temperatures_and_threshold_are_of_val(
     assert temperature > 1.5
     assert content["temperature"] == pytest.approx(temperature, rel=0.02)  # one step of its grid
     assert content["study_temperature"] == 0.3
-    probability = mura.sigmoid(logits, content["temperature"])
+    probability = mura.sigmoid(logits / content["temperature"])
     np.testing.assert_allclose(calibrated[0].probability, probability, atol=1e-4)
     expected = {None: 0.5, "0.3": 0.3}.get(rule)
     if expected is None:
