@@ -2702,7 +2702,6 @@ class Metric:
 
     heading: str
     function: Callable[[Counts], Floats]  # value in each resample (R,), NaN where undefined
-    at_threshold: bool = True  # False: the same at every threshold
     groups: tuple[str, ...] = ("abnormal", "normal")  # of cases, that it rests on: see group_sizes
     bounds: tuple[float, float] = (0.0, 1.0)  # its worst and its best value
     interval: Callable[[float, Floats, Floats, int], Floats] = bca_interval
@@ -2710,7 +2709,7 @@ class Metric:
 
 
 METRICS = {
-    "auroc": Metric("AUROC", auroc, at_threshold=False),
+    "auroc": Metric("AUROC", auroc),
     "kappa": Metric(
         "kappa", lambda c: cohen_kappa(c.tp, c.fp, c.fn, c.tn), bounds=(-1.0, 1.0)),
     "sensitivity": Metric(
@@ -2726,25 +2725,25 @@ METRICS = {
         lambda c: ratio(c.odds * c.tp, c.odds * c.tp + c.fp), at_prevalence=True),
     "npv_at_prevalence": Metric(
         "NPV at prevalence", lambda c: ratio(c.tn, c.tn + c.odds * c.fn), at_prevalence=True),
-    "average_precision": Metric("average precision", average_precision, at_threshold=False),
+    "average_precision": Metric("average precision", average_precision),
     "sensitivity_at_specificity_90": Metric(
         "sensitivity at specificity 0.90",
-        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.90), at_threshold=False),
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.90)),
     "sensitivity_at_specificity_95": Metric(
         "sensitivity at specificity 0.95",
-        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.95), at_threshold=False),
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.95)),
     "specificity_at_sensitivity_90": Metric(
         "specificity at sensitivity 0.90",
-        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.90), at_threshold=False),
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.90)),
     "specificity_at_sensitivity_95": Metric(
         "specificity at sensitivity 0.95",
-        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.95), at_threshold=False),
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.95)),
     "brier": Metric(
         "Brier score", lambda c: ratio(c.squared_error, c.total),
-        at_threshold=False, groups=("all",)),
+        groups=("all",)),
     "ece": Metric(
         "ECE", lambda c: ratio(np.abs(c.gaps).sum(axis=1), c.total),
-        at_threshold=False, groups=("all",), interval=ece_interval),
+        groups=("all",), interval=ece_interval),
 }
 HEADLINE = ("auroc", "kappa", "sensitivity", "specificity")  # of body parts and of comparisons
 
@@ -2881,8 +2880,6 @@ def compare(
         resamples: of the patients, the same for both.
         seed: of the resamples.
     """
-    if np.array_equal(reference.probability, other.probability):
-        return {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in HEADLINE}
     sizes = group_sizes(reference, threshold)
     first, second = (resample(rows, threshold, resamples, seed) for rows in (reference, other))
     differences = {name: replace(METRICS[name], bounds=(-2.0, 2.0)) for name in HEADLINE}
@@ -2997,29 +2994,34 @@ def headline_table(heading: str, entries: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Return the terminal text of a report, at most 100 columns; its notes stay in the file."""
+    """Return the terminal text of a report, at most 100 columns; its notes stay in the file.
+
+    Every metric of the studies, then a table of the headline metrics of whatever else there is.
+    """
     study, image = report["levels"]["study"], report["levels"]["image"]
-    levels = {"studies": study} if study == image else {"studies": study, "images": image}
-    rows = [["", *levels]]
-    for name in (name for name in METRICS if name in study):
-        mark = " *" if METRICS[name].at_threshold else ""
-        values = [format_value(level[name]) for level in levels.values()]
-        rows.append([METRICS[name].heading + mark, *values])
-    parts = {
-        f"{name} ({entry['study']['count']})": entry["study"]
-        for name, entry in report["body_parts"].items()}
-    models = {name: entry["study"] for name, entry in report.get("models", {}).items()}
-    at = f"; prevalence {report['prevalence']:.3g}" if report["prevalence"] else ""
-    return "\n".join([
+    lines = [
         f"{report['split']}: {study['count']} studies ({study['positives']} abnormal) of "
         f"{study['patients']} patients",
-        *table_lines(rows, 34, 24),
-        f"* abnormal above {report['threshold']:.3g} ({report['threshold_source']}){at}",
-        *(headline_table("body part (studies)", parts) if len(parts) > 1 else []),
-        *headline_table("model", models),
-        *headline_table("minus the first", report.get("differences", {})),
-        "[low,high]: 95 %, bootstrap over patients; none if too few studies or undefined (-)",
-    ])
+        f"abnormal above {report['threshold']:.3g} ({report['threshold_source']})"]
+    for name in METRICS:
+        if name in study:
+            lines.append(f"{METRICS[name].heading:<34}{format_value(study[name])}")
+    others = {} if image == study else {"images": image}
+    if len(report["body_parts"]) > 1:
+        for name, levels in report["body_parts"].items():
+            others[f"{name} ({levels['study']['count']})"] = levels["study"]
+    for name, levels in report.get("models", {}).items():
+        others[name] = levels["study"]
+    for name, difference in report.get("differences", {}).items():
+        others[f"diff {name}"] = difference
+    table = [["", *(METRICS[name].heading for name in HEADLINE)]] if others else []
+    for name, entry in others.items():
+        values = [format_value(entry[key], digits=2) for key in HEADLINE]
+        table.append([shorten(name, 19), *values])
+    lines += ["".join(cell.ljust(20) for cell in row).rstrip() for row in table]
+    lines.append("[low,high]: 95 %, by patient; none if too few studies; - undefined; diff: minus the "
+                 "first model")
+    return "\n".join(lines)
 
 
 # ===== 8 training =================================================================================

@@ -596,7 +596,7 @@ def test_a_model_compared_with_itself_differs_by_nothing() -> None:
     first, _ = pair_of_models(np.random.default_rng(0), 60)
     found = mura.compare(first, first, 0.5, 50, 0)
     assert set(found) == {"auroc", "kappa", "sensitivity", "specificity"}
-    assert all(entry == {"value": 0, "low": 0, "high": 0} for entry in found.values())
+    assert all(entry == {"value": 0, **NO_INTERVAL} for entry in found.values())
 
 
 def test_differences_are_those_of_the_single_reports() -> None:
@@ -926,22 +926,23 @@ def test_the_text_begins_with_what_one_wants_to_know() -> None:
     lines, study = mura.format_report(report).splitlines(), report["levels"]["study"]
     assert lines[0] == f"valid: 140 studies ({study['positives']} abnormal) of 140 patients"
     wanted = ("auroc", "kappa", "sensitivity", "specificity")
+    assert lines[1] == "abnormal above 0.5 (auto on val)"
     for line, name in zip(lines[2:6], wanted, strict=True):
         value, low, high = (study[name][key] for key in ("value", "low", "high"))
         assert line.startswith(mura.METRICS[name].heading)
         assert f"{value:.3f} [{low:.3f},{high:.3f}]" in line
 
 
-def test_the_text_has_every_metric_of_both_levels() -> None:
+def test_the_text_has_every_metric_of_studies_and_the_headlines_of_images() -> None:
     report = report_of(two_views(), prevalence=0.1)
     lines = mura.format_report(report).splitlines()
     for name, metric in mura.METRICS.items():
         line = next(x for x in lines if x.startswith(metric.heading))
-        assert ("*" in line) == metric.at_threshold
-        expected = [report["levels"][level][name]["value"] for level in ("study", "image")]
-        shown = line.replace(metric.heading, "").replace("*", "").split()[::2]
-        assert [float(x) for x in shown] == pytest.approx(expected, abs=0.0006)
-    assert "above 0.5 (auto on val); prevalence 0.1" in mura.format_report(report)
+        shown = line.replace(metric.heading, "").split()[0]
+        assert float(shown) == pytest.approx(report["levels"]["study"][name]["value"], abs=0.0006)
+    image = next(x for x in lines if x.startswith("images")).split()[1::2]
+    for shown, name in zip(image, ("auroc", "kappa", "sensitivity", "specificity"), strict=True):
+        assert float(shown) == pytest.approx(report["levels"]["image"][name]["value"], abs=0.006)
     assert "note" not in mura.format_report(report)
 
 
@@ -949,14 +950,14 @@ def test_every_value_of_the_text_stands_below_its_heading() -> None:
     """Beside the longest name of a metric, and of a body part, there is still room."""
     images = two_views(140, ("XR_A_PART_OF_LONG_NAME_A", "XR_HAND"))
     lines = mura.format_report(report_of(images, prevalence=0.1)).splitlines()
-    parts = next(i for i, line in enumerate(lines) if line.startswith("body part"))
-    names = [mura.METRICS[name].heading for name in ("auroc", "kappa", "sensitivity")]
-    tables = [(1, ["studies", "images"], len(mura.METRICS)), (parts, names, 2)]
-    for first, headings, count in tables:
-        for heading in headings:
-            place = lines[first].index(heading)
-            for line in lines[first + 1 : first + 1 + count]:
-                assert line[place - 1] == " " and line[place] in "-0123456789"
+    table = next(i for i, line in enumerate(lines) if line.startswith(" "))
+    columns = [(34, range(2, table))]
+    columns += [(lines[table].index(mura.METRICS[name].heading), range(table + 1, table + 4))
+                for name in ("auroc", "kappa", "sensitivity")]
+    for place, rows in columns:
+        assert rows
+        for line in (lines[i] for i in rows):
+            assert line[place - 1] == " " and line[place] in "-0123456789"
 
 
 def test_the_text_leaves_out_what_repeats() -> None:
@@ -973,7 +974,7 @@ def test_the_text_leaves_out_what_repeats() -> None:
 def test_the_text_shows_undefined_as_a_dash() -> None:
     text = mura.format_report(report_of(two_views().take(two_views().label == 1)))
     auroc = next(line.split() for line in text.splitlines() if line.startswith("AUROC"))
-    assert auroc == ["AUROC", "-", "-"]
+    assert auroc == ["AUROC", "-"]
 
 
 def test_models_and_their_differences_stand_in_the_text() -> None:
@@ -984,8 +985,9 @@ def test_models_and_their_differences_stand_in_the_text() -> None:
     models = {"one.pth": report["levels"], "two.pth": report_of(second)["levels"]}
     differences = {"two.pth": mura.compare(*pair, 0.5, 50)}
     text = mura.format_report(report | {"models": models, "differences": differences})
-    lines = [
-        line.split() for line in text.splitlines() if line.startswith(("one.pth", "two.pth"))]
+    starts = ("one.pth ", "two.pth ", "diff two.pth ")
+    lines = [line.removeprefix("diff ").split() for line in text.splitlines()
+             if line.startswith(starts)]
     entries = [models["one.pth"]["study"], models["two.pth"]["study"], differences["two.pth"]]
     for line, entry in zip(lines, entries, strict=True):
         assert float(line[3]) == pytest.approx(entry["kappa"]["value"], abs=0.006)
