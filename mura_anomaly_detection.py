@@ -2890,33 +2890,26 @@ def compare(
 
 
 def fit_temperature(
-    logits: Floats, label: Array, patient: Array,
-    views: Array | float = math.inf,
+    logits: Floats, label: Array, patient: Array, views: Array | float = math.inf
 ) -> float:
     """Return the temperature T of logits of images (arXiv 1706.04599) or of means of views, or 1.0.
 
-    It is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation
-    by patient the log loss has to fall, per patient, by more than its standard error. Also 1.0 with
+    It is that of TEMPERATURES with the least log loss, log(1 + exp(-logit of the right class)). It
+    is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation by
+    patient the log loss has to fall, per patient, by more than its standard error. Also 1.0 with
     one class, few patients, or logits whose sign is always right or always wrong: T has no bound.
     """
     names, index = np.unique(patient, return_inverse=True)
     wrong = np.where(label == 1, -logits, logits)  # above 0 where the sign is wrong
-    views = np.broadcast_to(views, wrong.shape)
     if len(names) < MIN_PATIENTS or len(np.unique(label)) < 2 or not wrong.min() < 0 < wrong.max():
         return 1.0
+    losses = np.logaddexp(0, wrong / study_divisor(TEMPERATURES[:, None], views))  # (T, N)
     fold = (np.random.default_rng(0).permutation(len(names)) % FOLDS)[index]
-    others = [fold != k for k in range(FOLDS)]
-    held_out = np.array([likeliest_temperature(wrong[rows], views[rows]) for rows in others])[fold]
-    calibrated = wrong / study_divisor(held_out, views)
-    gain = np.bincount(index, np.logaddexp(0, wrong) - np.logaddexp(0, calibrated))
+    fitted = [losses[:, fold != k].mean(axis=1).argmin() for k in range(FOLDS)]
+    held_out = losses[np.array(fitted)[fold], np.arange(len(fold))]
+    gain = np.bincount(index, np.logaddexp(0, wrong) - held_out)
     pays = gain.mean() > gain.std(ddof=1) / len(names) ** 0.5
-    return likeliest_temperature(wrong, views) if pays else 1.0
-
-
-def likeliest_temperature(wrong: Floats, views: Array) -> float:
-    """Return the T of TEMPERATURES of least log loss, log(1 + exp(wrong / divisor))."""
-    losses = [np.logaddexp(0, wrong / study_divisor(t, views)).mean() for t in TEMPERATURES]
-    return float(TEMPERATURES[np.argmin(losses)])
+    return float(TEMPERATURES[losses.mean(axis=1).argmin()]) if pays else 1.0
 
 
 def fit_study_temperature(images: Predictions) -> float:
