@@ -3494,9 +3494,9 @@ def new_figure(**style: Any) -> Any:
 def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     """Return a figure as the content of a file of that suffix."""
     file, kind = io.BytesIO(), suffix.lower()[1:]
-    mark: Content = {"metadata": {"Software" if kind == "png" else "Creator": PROGRAM}}
+    mark: Content = {"metadata": {"Creator": PROGRAM}}
     if kind == "jpg":
-        mark = {"pil_kwargs": {"comment": PROGRAM.encode()}}
+        mark = {"pil_kwargs": {"comment": PROGRAM}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
         figure.savefig(file, format=kind, dpi=dpi, **mark)
@@ -3675,42 +3675,28 @@ class HeatScale:
 
         return LinearSegmentedColormap.from_list(self.cam_class, HEAT_COLORS[self.cam_class])
 
-    def colors(self, heat: Array) -> Array:
-        """Return the colours of heat (H, W), (H, W, 3) from 0 to 1."""
-        shown: Array = self.colormap(heat / self.top)[..., :3]
-        return shown
-
-    def opacity(self, heat: Array) -> Array:
-        """Return the opacity of heat (H, W) on the radiograph, from 0 to 1."""
-        return HEAT_OPACITY * np.minimum(heat / self.top / OPAQUE_FROM, 1)
-
 
 def heat_scale(cam_class: str, unit: str, heatmaps: Iterable[Array]) -> HeatScale:
     """Return the scale of these maps, on which faint heat stays faint."""
     return HeatScale(cam_class, unit, max([FAINT_HEAT, *(float(heat.max()) for heat in heatmaps)]))
 
 
-def fit_pixels(pixels: Pixels, side: float) -> Pixels:
-    """Return pixels (H, W), averaged or interpolated until the longer side is `side`."""
-    image = Image.fromarray(pixels)
-    size = [max(1, round(side * edge / max(image.size))) for edge in image.size]
-    fitted = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return np.asarray(fitted)
-
-
 def show_heat(
     pixels: Pixels, heat: Array, side: float, scale: HeatScale
-) -> tuple[Pixels, Array, Image.Image]:
-    """Return a radiograph and its heat, both reduced or enlarged to `side` pixels, and the overlay.
+) -> tuple[Image.Image, Image.Image, Image.Image, Array]:
+    """Return radiograph, heat in colours and overlay, the longer side `side`, and the heat in it.
 
     The overlay is the radiograph as it is where there is no heat. Pixels and heat are (H, W), but
-    the heat may be of another size.
+    the heat may be of another size; pixels are averaged or interpolated.
     """
-    pixels = fit_pixels(pixels, side)
-    heat = resize_map(heat, *pixels.shape)
-    opacity = scale.opacity(heat)[..., None]
-    mixed = (1 - opacity) * pixels[..., None] + opacity * 255 * scale.colors(heat)
-    return pixels, heat, Image.fromarray(np.rint(mixed).astype(np.uint8))
+    image = Image.fromarray(pixels)
+    width, height = (max(1, round(side * edge / max(image.size))) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    original, heat = image.convert("RGB"), resize_map(heat, height, width)
+    color = Image.fromarray(scale.colormap(heat / scale.top, bytes=True)).convert("RGB")
+    opacity = 255 * HEAT_OPACITY * np.minimum(heat / scale.top / OPAQUE_FROM, 1)
+    overlay = Image.composite(color, original, Image.fromarray(opacity.astype(np.uint8)))
+    return original, color, overlay, heat
 
 
 def outline_region(overlay: Image.Image, heat: Any, box: Any) -> None:
@@ -3774,9 +3760,7 @@ def draw_explanation(
     tiles: list[tuple[Image.Image, str]] = []
     for view, lesion in itertools.zip_longest(views, boxes):
         factor = side / max(view.pixels.shape)
-        pixels, heat, overlay = show_heat(view.pixels, view.cam, side, scale)
-        original = Image.fromarray(pixels).convert("RGB")
-        color = Image.fromarray((255 * scale.colors(heat)).astype(np.uint8))
+        original, color, overlay, heat = show_heat(view.pixels, view.cam, side, scale)
         if view.box:
             outline_region(overlay, heat, tuple(round(factor * edge) for edge in view.box))
         if lesion:
@@ -3805,10 +3789,8 @@ def gallery_sheet(
 ) -> bytes:
     """Return a PNG of overlays; a tile is a radiograph, its heat (both (H, W)) and a caption."""
     figure, side = new_figure(), FIGURE_PIXELS / math.sqrt(len(tiles))
-    overlays = []
-    for pixels, heat, caption in tiles:
-        *_, overlay = show_heat(pixels, heat, side, scale)
-        overlays.append((overlay, caption))
+    overlays = [(show_heat(pixels, heat, side, scale)[2], caption)
+                for pixels, heat, caption in tiles]
     draw_tiles(figure, overlays, 1, heading, scale)
     return save_figure(figure, dpi=DPI)
 
