@@ -2771,122 +2771,104 @@ def compute_metrics(
     }
 
 
-def resample(
-    rows: Predictions, threshold: float, resamples: int, seed: int, prevalence: float | None = None
-) -> dict[str, Floats]:
-    """Return every metric as it is, in R resamples of patients, and with G groups of them left out.
+@dataclass(frozen=True)
+class Evaluation:
+    """How predictions become metrics with intervals."""
 
-    A patient brings all images or studies. Patients are drawn in the order of their names, so the
-    order of the rows does not matter, and two models get the same resamples.
+    threshold: float  # abnormal is above it, for images as for studies
+    resamples: int = 1000  # of the patients, for the 95 % intervals
+    seed: int = 0  # of the resamples
+    prevalence: float | None = None  # of abnormal cases where the model is to be used
 
-    Returns:
-        metric: (1 + R + G,)
-    """
-    names, patient = np.unique(rows.patient, return_inverse=True)
-    n, random = len(names), np.random.default_rng(seed)
-    drawn = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(resamples)]
-    group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
-    weight = np.vstack([np.ones(n), *drawn, np.arange(n) % len(group) != group]).astype(np.int16)
-    found = [
-        compute_metrics(rows, threshold, chunk[:, patient].astype(float), prevalence)
-        for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
-    ]
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    def report(self, images: Predictions, study_temperature: float = 1.0) -> Content:
+        """Return `prevalence`, `levels` and `body_parts.PART` of the report, see `levels`."""
+        parts = {}
+        for part in np.unique(images.body_part).tolist():
+            chosen = images.take(images.body_part == part)
+            parts[part] = self.levels(chosen, study_temperature)
+        levels = self.levels(images, study_temperature)
+        return {"prevalence": self.prevalence, "levels": levels, "body_parts": parts}
 
+    def levels(self, images: Predictions, study_temperature: float) -> Content:
+        """Return for `image` and `study` their numbers, and every metric as `with_interval` does.
 
-def group_sizes(rows: Predictions, threshold: float) -> dict[str, tuple[int, int]]:
-    """Return the numbers of patients and of studies in each group that a metric may rest on."""
-    predicted = rows.probability > threshold
-    groups = {
-        "all": rows.label >= 0, "abnormal": rows.label == 1, "normal": rows.label == 0,
-        "predicted abnormal": predicted, "predicted normal": ~predicted}
-    return {
-        name: (len(np.unique(rows.patient[chosen])), len(np.unique(rows.study[chosen])))
-        for name, chosen in groups.items()
-    }
+        Probabilities are calibrated; for the temperature see `pool_views`.
+        """
+        levels = {}
+        for name, rows in (("image", images), ("study", pool_studies(images, study_temperature))):
+            sizes, values = self.group_sizes(rows), self.resample(rows)
+            levels[name] = {
+                "count": len(rows.label), "positives": int(rows.label.sum()),
+                "patients": sizes["all"][0],
+                **{k: self.with_interval(METRICS[k], v, sizes) for k, v in values.items()}}
+        return levels
 
+    def compare(self, reference: Predictions, other: Predictions) -> Content:
+        """Return other - reference in each headline metric, as `with_interval` does, paired.
 
-def with_interval(
-    metric: Metric, values: Floats, resamples: int, sizes: Mapping[str, tuple[int, int]]
-) -> dict[str, float | None]:
-    """Return {"value", "low", "high"}, None where undefined; see INTERVAL_NOTE.
+        They are the same studies in the same order, as two models see them.
+        """
+        first, second = self.resample(reference), self.resample(other)
+        sizes, differences = self.group_sizes(reference), {}
+        for name in HEADLINE:
+            metric = replace(METRICS[name], bounds=(-2.0, 2.0))
+            differences[name] = self.with_interval(metric, second[name] - first[name], sizes)
+        return differences
 
-    A faultless value is faultless in every resample: its interval is the exact one, up to the error
-    rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson 1934).
+    def resample(self, rows: Predictions) -> dict[str, Floats]:
+        """Return every metric as it is, in R resamples of patients, and without G groups of them.
 
-    Args:
-        metric: what the values are of.
-        values: see `resample`.
-        resamples: how many of the values come from resamples.
-        sizes: see `group_sizes`.
-    """
-    value, (drawn, left_out) = float(values[0]), np.split(values[1:], [resamples])
-    defined, left_out = drawn[np.isfinite(drawn)], left_out[np.isfinite(left_out)]
-    patients, studies = np.min([sizes[name] for name in metric.groups], axis=0)
-    enough = studies >= MIN_STUDIES and len(left_out)
-    exact = value in metric.bounds and not metric.at_prevalence
-    if not enough or not (exact or np.ptp(defined) > 1e-9):
-        return {"value": None if math.isnan(value) else value, "low": None, "high": None}
-    unseen = 1 - TAIL ** (1 / patients) if exact else 0.0
-    ends = metric.interval(value, defined, left_out, sizes["all"][0])
-    ends = np.append(ends, [value - unseen, value + unseen]).clip(*metric.bounds)
-    return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
+        A patient brings all images or studies. Patients are drawn in the order of their names, so
+        the order of the rows does not matter, and two models get the same resamples.
 
+        Returns:
+            metric: (1 + R + G,)
+        """
+        names, patient = np.unique(rows.patient, return_inverse=True)
+        n, random = len(names), np.random.default_rng(self.seed)
+        drawn = [
+            np.bincount(random.integers(n, size=n), minlength=n) for _ in range(self.resamples)]
+        group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
+        left = np.arange(n) % len(group) != group
+        weight = np.vstack([np.ones(n), *drawn, left]).astype(np.int16)
+        found = [
+            compute_metrics(
+                rows, self.threshold, chunk[:, patient].astype(float), self.prevalence)
+            for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
+        ]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
-def evaluate_predictions(
-    images: Predictions, threshold: float, *, study_temperature: float = 1.0, resamples: int = 1000,
-    seed: int = 0, prevalence: float | None = None,
-) -> Content:
-    """Return `prevalence`, `levels.{image,study}`, `body_parts.PART.{image,study}` of the report.
-
-    Each level holds `count`, `positives`, `patients` and every metric as {"value", "low", "high"}.
-
-    Args:
-        images: one or more, their probabilities calibrated.
-        threshold: abnormal is above it, for images as for studies.
-        study_temperature: see `pool_views`.
-        resamples: of the patients, for the 95 % intervals.
-        seed: of the resamples.
-        prevalence: of abnormal cases where the model is to be used.
-    """
-
-    def level(rows: Predictions) -> Content:
-        sizes = group_sizes(rows, threshold)
-        values = resample(rows, threshold, resamples, seed, prevalence)
+    def group_sizes(self, rows: Predictions) -> dict[str, tuple[int, int]]:
+        """Return the numbers of patients and of studies in each group that a metric may rest on."""
+        predicted = rows.probability > self.threshold
+        groups = {
+            "all": rows.label >= 0, "abnormal": rows.label == 1, "normal": rows.label == 0,
+            "predicted abnormal": predicted, "predicted normal": ~predicted}
         return {
-            "count": len(rows.label), "positives": int(rows.label.sum()),
-            "patients": sizes["all"][0],
-            **{k: with_interval(METRICS[k], v, resamples, sizes) for k, v in values.items()},
+            name: (len(np.unique(rows.patient[chosen])), len(np.unique(rows.study[chosen])))
+            for name, chosen in groups.items()
         }
 
-    def levels(rows: Predictions) -> Content:
-        return {"image": level(rows), "study": level(pool_studies(rows, study_temperature))}
+    def with_interval(
+        self, metric: Metric, values: Floats, sizes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, float | None]:
+        """Return {"value", "low", "high"}, None where undefined; see INTERVAL_NOTE.
 
-    parts = np.unique(images.body_part).tolist()
-    body_parts = {part: levels(images.take(images.body_part == part)) for part in parts}
-    return {"prevalence": prevalence, "levels": levels(images), "body_parts": body_parts}
-
-
-def compare(
-    reference: Predictions, other: Predictions, threshold: float, resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, dict[str, float | None]]:
-    """Return other - reference in each headline metric, {"value", "low", "high"}, paired.
-
-    Args:
-        reference: the studies of the first model.
-        other: those of another model: the same ones in the same order.
-        threshold: abnormal is above it, for both.
-        resamples: of the patients, the same for both.
-        seed: of the resamples.
-    """
-    sizes = group_sizes(reference, threshold)
-    first, second = (resample(rows, threshold, resamples, seed) for rows in (reference, other))
-    differences = {name: replace(METRICS[name], bounds=(-2.0, 2.0)) for name in HEADLINE}
-    return {
-        name: with_interval(metric, second[name] - first[name], resamples, sizes)
-        for name, metric in differences.items()
-    }
+        A faultless value is faultless in every resample: its interval is the exact one, up to the
+        error rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson
+        1934). For the values see `resample`.
+        """
+        value, (drawn, left_out) = float(values[0]), np.split(values[1:], [self.resamples])
+        defined, left_out = drawn[np.isfinite(drawn)], left_out[np.isfinite(left_out)]
+        patients, studies = np.min([sizes[name] for name in metric.groups], axis=0)
+        enough = studies >= MIN_STUDIES and len(left_out)
+        exact = value in metric.bounds and not metric.at_prevalence
+        if not enough or not (exact or np.ptp(defined) > 1e-9):
+            return {"value": None if math.isnan(value) else value, "low": None, "high": None}
+        unseen = 1 - TAIL ** (1 / patients) if exact else 0.0
+        ends = metric.interval(value, defined, left_out, sizes["all"][0])
+        ends = np.append(ends, [value - unseen, value + unseen]).clip(*metric.bounds)
+        return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
 
 
 def fit_temperature(
@@ -3012,8 +2994,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         values = [format_value(entry[key], digits=2) for key in HEADLINE]
         table.append([shorten(name, 19), *values])
     lines += ["".join(cell.ljust(20) for cell in row).rstrip() for row in table]
-    lines.append("[low,high]: 95 %, by patient; none if too few studies; - undefined; diff: minus the "
-                 "first model")
+    lines.append("[low,high]: 95 %, by patient; none if too few studies; -: undefined; diff: minus "
+                 "the first model")
     return "\n".join(lines)
 
 
@@ -4003,25 +3985,23 @@ def make_report(
     if config.mode == "E" and isinstance(config.threshold, str):
         threshold, source = choose_threshold(config.threshold, studies), f"{config.threshold} here"
         notes.append("The threshold was chosen on these studies: metrics at it are optimistic.")
-    sampling: Content = {"resamples": config.bootstrap, "seed": config.seed}
-    measure: Callable[..., Content] = partial(
-        evaluate_predictions, threshold=threshold, prevalence=config.prevalence, **sampling)
+    evaluation = Evaluation(threshold, config.bootstrap, config.seed, config.prevalence)
     report = {
         "split": scan.split, "checkpoints": [os.path.realpath(model.path) for model in models],
         "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
         "threshold": threshold, "threshold_source": source,
         "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
-        **measure(images, study_temperature=ensemble.study_temperature)}
+        **evaluation.report(images, ensemble.study_temperature)}
     if len(models) > 1:
         pooled = {}
         report |= {"models": {}, "differences": {}}
         for model, member in zip(models, members, strict=True):
             name, temperature = str(model.path), model.study_temperature
-            report["models"][name] = measure(member, study_temperature=temperature)["levels"]
+            report["models"][name] = evaluation.levels(member, temperature)
             pooled[name] = pool_studies(member, temperature)
         first, *others = (pooled | {"ensemble": studies}).items()
         for name, other in others:
-            report["differences"][name] = compare(first[1], other, threshold, **sampling)
+            report["differences"][name] = evaluation.compare(first[1], other)
     return report, images, studies
 
 

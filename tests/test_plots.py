@@ -562,7 +562,7 @@ def evaluated(
         "threshold": threshold,
         "threshold_source": "default",
         "is_mura": False,
-        **mura.evaluate_predictions(images, threshold, resamples=20),
+        **mura.Evaluation(threshold, 20).report(images),
         **more,
     }
     return report, images, mura.pool_studies(images)
