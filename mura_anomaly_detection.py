@@ -3016,25 +3016,23 @@ def class_weights(records: Sequence[ImageRecord]) -> dict[tuple[str, int], float
     With A abnormal and N normal training images of the part it is 2 A / (A + N) for normal and
     2 N / (A + N) for abnormal (arXiv 1712.06957, section 3.1): the loss at chance is log 2 = 0.69.
     """
-    labels: defaultdict[str, list[int]] = defaultdict(list)
-    for record in records:
-        labels[record.body_part].append(record.label)
-    for label in {0, 1}.difference(*labels.values()):
+    counts = Counter((record.body_part, record.label) for record in records)
+    for label in {0, 1}.difference(label for _, label in counts):
         raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     weights = {}
-    for part, found in labels.items():
-        share = sum(found) / len(found)
-        weights[part, 0], weights[part, 1] = 2 * share, 2 * (1 - share)
-        if share in (0, 1):
-            warn(f"{part}: all training images are {CLASSES[int(share)]}, so they have no weight "
-                 "in the loss; leave the body part out with --tasks")
+    for part, label in counts:
+        others = counts[part, 1 - label]
+        weights[part, label] = 2 * others / (others + counts[part, label])
+        if not others:
+            warn(f"{part}: all training images are {CLASSES[label]}, so they have no weight in the "
+                 "loss; leave the body part out with --tasks")
     return weights
 
 
 def loss_targets(
     records: Sequence[ImageRecord], weights: Mapping[tuple[str, int], float]
 ) -> Tensor:
-    """Return labels and weights in the loss, (2, N); a body part that is not in train weighs 1."""
+    """Return labels and weights in the loss, (2, N); what is not in train weighs 1."""
     labels = [record.label for record in records]
     found = [weights.get((record.body_part, record.label), 1) for record in records]
     return torch.tensor([labels, found]).float()
@@ -3138,11 +3136,6 @@ class Trainer:
                     self.signals.check()  # the state is saved
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
-    @property
-    def step(self) -> int:
-        """The number of optimiser steps taken, over all epochs."""
-        return self.state.epoch * self.batches + self.state.batch
-
     def unfinished(self) -> bool:
         """Return whether there are epochs left, and --patience, of which 0 is without end."""
         waited, patience = self.state.epoch - self.state.best_epoch, self.config.patience
@@ -3199,8 +3192,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         if config.lr_schedule == "poly":
-            total = config.epochs * self.batches
-            return config.lr * poly_factor(self.step, total, config.warmup)
+            step, total = state.epoch * self.batches + state.batch, config.epochs * self.batches
+            return config.lr * poly_factor(step, total, config.warmup)
         rate, lowest = config.lr, math.inf
         for row in state.history:
             if row["val_loss"] < lowest * (1 - 1e-4):
