@@ -3480,12 +3480,10 @@ def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
 # ---- history and report ----
 
 
-def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int) -> bytes:
+def plot_history(history: Sequence[Row], best_epoch: int) -> bytes:
     """Return a PNG of loss, accuracy, and study-level AUROC and kappa over epochs.
 
-    Args:
-        history: the rows of STEM.history.csv; None makes a gap.
-        best_epoch: the kept epoch, which is marked; 0 if there is none.
+    The kept epoch, counted from 1, is marked; NaN makes a gap.
     """
     import matplotlib as mpl
 
@@ -3499,10 +3497,9 @@ def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int)
         figure = new_figure(figsize=(9.6, 3.2), layout="constrained")
         for axes, title in zip(figure.subplots(1, 3), panels, strict=True):
             for name in panels[title]:
-                values = np.array([row[name] for row in history], float)  # None becomes NaN
+                values = [row[name] for row in history]
                 axes.plot(epochs, values, ".-", label=name.replace("_", " "))
-            if best_epoch:
-                axes.axvline(best_epoch, **CHANCE, label=f"kept: epoch {best_epoch}")
+            axes.axvline(best_epoch, **CHANCE, label=f"kept: epoch {best_epoch}")
             axes.set(title=title, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)

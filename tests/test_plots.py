@@ -457,22 +457,23 @@ def test_gallery_sheet_is_a_png() -> None:
 # ----- history
 
 
-def history(**columns: list[float | None]) -> list[dict[str, float | None]]:
-    """Make rows of a history; a column not given is None throughout."""
+def history(**columns: list[float]) -> list[dict[str, float]]:
+    """Make rows of a history; a column not given is NaN throughout."""
     count = len(next(iter(columns.values())))
     names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "val_kappa")
     return [
-        {"epoch": i + 1.0, **{name: columns.get(name, [None] * count)[i] for name in names}}
+        {"epoch": i + 1.0, **{name: columns.get(name, [np.nan] * count)[i] for name in names}}
         for i in range(count)
     ]
 
 
 def test_curves_show_the_history(saved: list[Figure]) -> None:
     rows = history(
-        train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_accuracy=[0.5, 0.9], val_auroc=[0.6, None]
+        train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_accuracy=[0.5, 0.9], val_auroc=[0.6, np.nan]
     )
-    mura.plot_history(rows, 0)
+    mura.plot_history(rows, 1)
     curves = {line.get_label(): line.get_xydata() for axes in saved[0].axes for line in axes.lines}
+    curves.pop("kept: epoch 1")
     assert list(curves) == [
         "train loss",
         "val loss",
@@ -485,7 +486,7 @@ def test_curves_show_the_history(saved: list[Figure]) -> None:
     assert curves["val loss"].tolist() == [[1, 0.8], [2, 0.6]]
     assert curves["val accuracy"].tolist() == [[1, 0.5], [2, 0.9]]
     np.testing.assert_array_equal(curves["val auroc"], [[1, 0.6], [2, np.nan]], "a gap, not a zero")
-    assert [len(axes.lines) for axes in saved[0].axes] == [2, 2, 2], "no epoch is kept yet"
+    assert [len(axes.lines) for axes in saved[0].axes] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("count", "best"), [(1, 1), (2, 1), (100, 63)])
