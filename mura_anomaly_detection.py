@@ -3132,8 +3132,6 @@ class Trainer:
             while self.unfinished():
                 self.train_epoch()
                 self.end_epoch(self.validate())
-                if self.distributed.world_size == 1:
-                    self.signals.check()  # the state is saved
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
     def unfinished(self) -> bool:
