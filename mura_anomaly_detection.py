@@ -2552,30 +2552,17 @@ def correct_prevalence(probability: Floats, prevalence: float) -> Floats:
     return abnormal / (abnormal + normal)
 
 
-def pool_views(
-    probability: Floats, study: Array, temperature: float = 1.0
-) -> Floats:
-    """Return the probability of each study: the mean over its views, then the study temperature.
+def pool_views(views: Sequence[float] | Floats, temperature: float = 1.0) -> float:
+    """Return the probability of a study: the mean over its views, then the study temperature T.
 
     Views that err independently tell more together than their mean does. The logit of the mean of
     n views is divided by T + (1 - T) / n: T is 1 where all views err alike, 0 where each errs by
     itself (design effect of n correlated measurements, Kish 1965). One view stays as it is, and so
-    does 0.5, at which the paper decides.
-
-    Args:
-        probability: of each view, (N,).
-        study: name or number of each view's study, (N,).
-        temperature: T; 1 gives the plain mean (arXiv 1712.06957, section 3).
-
-    Returns:
-        (S,), in order of first appearance.
+    does 0.5, at which the paper decides. T = 1 gives the plain mean (arXiv 1712.06957, section 3).
     """
-    _, first, index, views = np.unique(
-        study, return_index=True, return_inverse=True, return_counts=True)
-    mean = np.bincount(index, probability) / views
-    divisor = study_divisor(temperature, views)
-    pooled = np.where(divisor == 1, mean, sigmoid(to_logits(mean) / divisor))
-    return pooled[np.argsort(first)]
+    mean: Floats = np.mean(views, keepdims=True)
+    divisor = study_divisor(temperature, len(views))
+    return float(mean[0] if divisor == 1 else sigmoid(to_logits(mean) / divisor)[0])
 
 
 def study_divisor(temperature: float | Floats, views: Array | float) -> Floats:
@@ -2591,9 +2578,12 @@ def pool_studies(images: Predictions, temperature: float = 1.0) -> Predictions:
     >>> pool_studies(images).probability.tolist()
     [0.4]
     """
-    studies = images.take(np.sort(np.unique(images.study, return_index=True)[1]))
-    pooled = pool_views(images.probability, images.study, temperature)
-    return replace(studies, path=studies.study, probability=pooled)
+    views = defaultdict(list)
+    for row, study in enumerate(images.study.tolist()):
+        views[study].append(row)
+    studies = images.take(np.array([rows[0] for rows in views.values()]))
+    pooled = [pool_views(images.probability[rows], temperature) for rows in views.values()]
+    return replace(studies, path=studies.study, probability=np.array(pooled))
 
 
 class Counts:
@@ -2896,11 +2886,9 @@ def fit_temperature(
 
 def fit_study_temperature(images: Predictions) -> float:
     """Return the temperature of `pool_views`, 1.0 if none pays; images are calibrated before."""
-    studies = pool_studies(images)
-    names, counts = np.unique(images.study, return_counts=True)
-    views = counts[np.searchsorted(names, studies.study)]
-    return fit_temperature(
-        to_logits(studies.probability), studies.label, studies.patient, views)
+    studies, views = pool_studies(images), Counter(images.study.tolist())  # in the same order
+    return fit_temperature(to_logits(studies.probability), studies.label, studies.patient,
+                           np.array(list(views.values())))
 
 
 def choose_threshold(rule: str, studies: Predictions) -> float:
@@ -4329,10 +4317,9 @@ class Predictor:
 
     def pool(self, study: Study) -> Study:
         """Return an input with its answer, from its views, whose heatmaps and boxes are set."""
-        each = np.array([view.probability for view in study.readable])
-        if len(each):
-            pooled = pool_views(each, np.zeros(len(each)), self.ensemble.study_temperature)
-            study.probability = float(pooled[0])
+        each = [view.probability for view in study.readable]
+        if each:
+            study.probability = pool_views(each, self.ensemble.study_temperature)
         study.threshold, explained = self.threshold, self.config.cam_class
         if explained == "predicted":
             explained = study.label

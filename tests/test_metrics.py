@@ -282,7 +282,8 @@ def test_pooling_by_hand() -> None:
 def test_the_study_temperature_by_hand() -> None:
     """T = 0.4: two views are divided by 0.4 + 0.6 / 2 = 0.7, three by 0.6, one not at all."""
     probability = np.array([0.9, 0.7, 0.3, 0.8, 0.8, 0.8])
-    found = mura.pool_views(probability, np.array([5, 5, 2, 7, 7, 7]), 0.4)
+    names = np.array(["e", "e", "b", "g", "g", "g"])
+    found = mura.pool_studies(predictions(np.ones(6, int), probability, names, names), 0.4).probability
     expected = [mura.sigmoid(np.log(4) / 0.7), 0.3, mura.sigmoid(np.log(4) / 0.6)]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
@@ -294,7 +295,8 @@ def test_the_study_temperature_by_hand() -> None:
 )
 def test_the_study_temperature_moves_no_decision_at_half(cases: Any, temperature: float) -> None:
     study, probability = (np.array(x) for x in zip(*cases, strict=True))
-    mean, found = (mura.pool_views(probability, study, t) for t in (1.0, temperature))
+    images = predictions(study, probability, study, study)
+    mean, found = (mura.pool_studies(images, t).probability for t in (1.0, temperature))
     clear = abs(mean - 0.5) > 1e-9
     assert ((found > 0.5) == (mean > 0.5))[clear].all()
     assert ((found >= 0) & (found <= 1)).all()
@@ -302,7 +304,7 @@ def test_the_study_temperature_moves_no_decision_at_half(cases: Any, temperature
     for place, views in enumerate([probability[study == number] for number in appeared]):
         if len(views) == 1:  # to the bit
             assert mean[place] == found[place] == views[0]
-    assert (mura.pool_views(np.full(4, 0.5), np.zeros(4, int), temperature) == 0.5).all()
+    assert mura.pool_views([0.5] * 4, temperature) == 0.5
 
 
 # ---- evaluate ----
