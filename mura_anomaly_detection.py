@@ -3503,12 +3503,12 @@ def draw_point(axes: Any, x: Any, y: Any, **style: Any) -> None:
     axes.plot(x[1:], y[[0, 0]], x[[0, 0]], y[1:], color=point.get_color())
 
 
-def wilson_interval(positives: int, count: int) -> Floats:
-    """Return a fraction and the ends of its 95 % interval (3,) (Wilson 1927)."""
-    z2 = 1.96**2
-    half = math.sqrt(z2 * (positives * (count - positives) / count + z2 / 4))
-    low, high = positives + z2 / 2 - half, positives + z2 / 2 + half
-    return np.array([positives / count, low / (count + z2), high / (count + z2)])
+def wilson_interval(label: Array) -> Floats:
+    """Return the fraction of abnormal and the ends of its 95 % interval (3,) (Wilson 1927)."""
+    fraction, z2 = label.mean(), 1.96**2 / len(label)
+    half = math.sqrt(z2 * (fraction * (1 - fraction) + z2 / 4))
+    low, high = fraction + z2 / 2 - half, fraction + z2 / 2 + half
+    return np.array([fraction, low / (1 + z2), high / (1 + z2)])
 
 
 def draw_curves(
@@ -3560,11 +3560,10 @@ def draw_reliability(axes: Any, studies: Predictions) -> None:
     bins = np.minimum((10 * studies.probability).astype(int), 9)
     means, sizes = [], []
     for place in np.unique(bins):
-        label, probability = studies.label[bins == place], studies.probability[bins == place]
-        means.append(probability.mean())
-        sizes.append(len(label))
-        fraction = wilson_interval(label.sum(), len(label))
-        draw_point(axes, np.full(3, means[-1]), fraction, color=BLUE)
+        found = studies.take(bins == place)
+        means.append(found.probability.mean())
+        sizes.append(len(found.label))
+        draw_point(axes, np.full(3, means[-1]), wilson_interval(found.label), color=BLUE)
     axes.axline((0, 0), (1, 1), **CHANCE)
     axes.secondary_xaxis("top").set_xticks(means, sizes, fontsize=6)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="fraction abnormal")
