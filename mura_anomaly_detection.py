@@ -3005,8 +3005,6 @@ def class_weights(records: Sequence[ImageRecord]) -> dict[tuple[str, int], float
     2 N / (A + N) for abnormal (arXiv 1712.06957, section 3.1): the loss at chance is log 2 = 0.69.
     """
     counts = Counter((record.body_part, record.label) for record in records)
-    for label in {0, 1}.difference(label for _, label in counts):
-        raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     weights = {}
     for part, label in counts:
         others = counts[part, 1 - label]
@@ -4760,7 +4758,8 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of a new run, or of one that goes on from the `content` of its state."""
     sides = split_by_patient(scan.records, config.val_split, config.seed)
-    class_weights(sides[0])  # both classes must be there: checked before the long work
+    for label in {0, 1}.difference(record.label for record in sides[0]):
+        raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     network, earlier = initial_network(config, resumed=bool(content))
     size = choose_image_size(scan.records, config.image_size)
     tta = config.hflip > 0 if config.tta is None else config.tta
