@@ -3697,7 +3697,7 @@ def draw_tiles(
 
 def draw_explanation(
     figure: Any, views: Sequence[ViewResult], heading: Sequence[str], scale: HeatScale,
-    boxes: Sequence[Box | None] = (),
+    lesion: Box | None = None,
 ) -> None:
     """Fill a figure with original | heatmap | overlay of each view, all on one scale.
 
@@ -3708,11 +3708,11 @@ def draw_explanation(
         views: that could be read.
         heading: lines of the figure's title.
         scale: of the heat.
-        boxes: the known lesion of each view, pixels of the original.
+        lesion: the known one of each view, pixels of the original.
     """
     side = int(FIGURE_PIXELS / math.sqrt(3 * len(views)))
     tiles: list[tuple[Image.Image, str]] = []
-    for view, lesion in itertools.zip_longest(views, boxes):
+    for view in views:
         factor = side / max(view.pixels.shape)
         original, color, overlay, heat = show_heat(view.pixels, view.cam, side, scale)
         if view.box:
@@ -4554,7 +4554,7 @@ def explain_result(
     if not (file or show):
         return
     content = save_explanation(
-        *study.explanation, [lesion], suffix=file.suffix if file else ".png",
+        *study.explanation, lesion, suffix=file.suffix if file else ".png",
         window=study.path.name if show else "")
     if file:
         atomic_write(file, content)

@@ -71,11 +71,11 @@ def left_half(heat: float, shape: tuple[int, int] = (200, 300)) -> np.ndarray:
 
 
 def panels(
-    *views: mura.ViewResult, scale: Any = SCALE, lesions: Any = ()
+    *views: mura.ViewResult, scale: Any = SCALE, lesion: Any = None
 ) -> list[list[np.ndarray]]:
     """Draw views; returns original, heatmap and overlay (H, W, 3) of each."""
     figure = Figure()
-    mura.draw_explanation(figure, views, ["study1"], scale, lesions)
+    mura.draw_explanation(figure, views, ["study1"], scale, lesion)
     pictures = [
         np.asarray(image.get_array())[..., :3].astype(int) for image in figure.axes[0].images
     ]
@@ -213,7 +213,7 @@ def test_no_outline_without_a_box() -> None:
 
 
 def test_a_known_lesion_is_boxed_on_original_and_overlay() -> None:
-    first, second = panels(make_view(0), make_view(0), lesions=[(50, 40, 150, 100), None])
+    (first,), (second,) = panels(make_view(0), lesion=(50, 40, 150, 100)), panels(make_view(0))
     for picture in (first[0], first[2]):
         rows, columns = np.nonzero(painted(picture, GREEN))
         scale = picture.shape[1] / 300
