@@ -2547,7 +2547,7 @@ INTERVAL_NOTE = (
 class Predictions:
     """Labels and probabilities of N images, or of N studies once pooled; each field has N."""
 
-    path: tuple[str, ...]  # of the image, or of the study
+    path: Array  # of the image, or of the study
     body_part: Array  # "XR_ELBOW"
     patient: Array  # the unit that is resampled
     study: Array  # path of the study, unique across body parts
@@ -2556,13 +2556,12 @@ class Predictions:
 
     def take(self, rows: Array) -> Predictions:
         """Return the given rows: (K,) integers, or a mask (N,)."""
-        taken = {name: np.asarray(column)[rows] for name, column in vars(self).items()}
-        return Predictions(**taken | {"path": tuple(taken["path"].tolist())})
+        return Predictions(**{name: column[rows] for name, column in vars(self).items()})
 
 
-def sigmoid(logits: Floats, temperature: float | Floats = 1.0) -> Floats:
-    """Return probabilities of abnormal, calibrated by the temperature (arXiv 1706.04599)."""
-    return 0.5 * (1 + np.tanh(0.5 * logits / temperature))  # 1 / (1 + exp(-x)) without overflow
+def sigmoid(logits: Floats) -> Floats:
+    """Return probabilities of abnormal."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))  # 1 / (1 + exp(-x)) without overflow
 
 
 def to_logits(probability: Floats) -> Floats:
@@ -2584,30 +2583,17 @@ def correct_prevalence(probability: Floats, prevalence: float) -> Floats:
     return abnormal / (abnormal + normal)
 
 
-def pool_views(
-    probability: Floats, study: Array, temperature: float = 1.0
-) -> Floats:
-    """Return the probability of each study: the mean over its views, then the study temperature.
+def pool_views(views: Sequence[float] | Floats, temperature: float = 1.0) -> float:
+    """Return the probability of a study: the mean over its views, then the study temperature T.
 
     Views that err independently tell more together than their mean does. The logit of the mean of
     n views is divided by T + (1 - T) / n: T is 1 where all views err alike, 0 where each errs by
     itself (design effect of n correlated measurements, Kish 1965). One view stays as it is, and so
-    does 0.5, at which the paper decides.
-
-    Args:
-        probability: of each view, (N,).
-        study: name or number of each view's study, (N,).
-        temperature: T; 1 gives the plain mean (arXiv 1712.06957, section 3).
-
-    Returns:
-        (S,), in order of first appearance.
+    does 0.5, at which the paper decides. T = 1 gives the plain mean (arXiv 1712.06957, section 3).
     """
-    _, first, index, views = np.unique(
-        study, return_index=True, return_inverse=True, return_counts=True)
-    mean = np.bincount(index, probability) / views
-    divisor = study_divisor(temperature, views)
-    pooled = np.where(divisor == 1, mean, sigmoid(to_logits(mean), divisor))
-    return pooled[np.argsort(first)]
+    mean: Floats = np.mean(views, keepdims=True)
+    divisor = study_divisor(temperature, len(views))
+    return float(mean[0] if divisor == 1 else sigmoid(to_logits(mean) / divisor)[0])
 
 
 def study_divisor(temperature: float | Floats, views: Array | float) -> Floats:
@@ -2618,56 +2604,49 @@ def study_divisor(temperature: float | Floats, views: Array | float) -> Floats:
 def pool_studies(images: Predictions, temperature: float = 1.0) -> Predictions:
     """Return the studies of these images, in order of first appearance; see `pool_views`.
 
-    >>> pair = [np.array([x, x]) for x in ("XR_HAND", "patient1", "study1", 1)]
-    >>> images = Predictions(("1.png", "2.png"), *pair, np.array([0.2, 0.6]))
+    >>> pair = [np.array([x, x]) for x in ("image", "XR_HAND", "patient1", "study1", 1)]
+    >>> images = Predictions(*pair, np.array([0.2, 0.6]))
     >>> pool_studies(images).probability.tolist()
     [0.4]
     """
-    studies = images.take(np.sort(np.unique(images.study, return_index=True)[1]))
-    pooled = pool_views(images.probability, images.study, temperature)
-    return replace(studies, path=tuple(studies.study.tolist()), probability=pooled)
+    views = defaultdict(list)
+    for row, study in enumerate(images.study.tolist()):
+        views[study].append(row)
+    studies = images.take(np.array([rows[0] for rows in views.values()]))
+    pooled = [pool_views(images.probability[rows], temperature) for rows in views.values()]
+    return replace(studies, path=studies.study, probability=np.array(pooled))
 
 
-@dataclass(frozen=True)
 class Counts:
-    """Weighted counts of cases in R resamples; every metric is a function of them."""
+    """Weighted counts of cases in R resamples; every metric is a function of them.
 
-    tp: Floats  # (R,) abnormal, predicted abnormal
-    fp: Floats
-    fn: Floats
-    tn: Floats
-    total: Floats
-    squared_error: Floats  # (R,) sum over the cases
-    gaps: Floats  # (R, ECE_BINS) sum of label - probability
-    tp_curve: Floats  # (R, K + 1) abnormal cases at or above the k highest distinct probabilities
-    tn_curve: Floats  # (R, K + 1) normal cases below them; all in the first column
-    odds: Floats  # (R,) what an abnormal case counts beside a normal one at --prevalence
+    Each row of weights (R, N) says how often each of the N cases counts; without, R is 1 and each
+    counts once. A curve (R, K + 1) has a column for each threshold: above all cases, then at the k
+    highest distinct probabilities, each included.
+    """
 
-
-def count_cases(
-    label: Array, probability: Floats, threshold: float, weight: Floats,
-    prevalence: float = math.nan,
-) -> Counts:
-    """Return the counts for each row of weights (R, N): how often each of N cases counts."""
-    gap = label - probability
-    gaps = gap[:, None] * (ece_bin(probability)[:, None] == np.arange(ECE_BINS))
-    order = np.argsort(-probability)
-    ends = np.flatnonzero(np.diff(probability[order], append=-1))  # of ties
-    above = np.zeros((2, len(weight), len(ends) + 1))
-    for curve, chosen in zip(above, (label, 1 - label), strict=True):
-        curve[:, 1:] = np.cumsum((weight * chosen)[:, order], axis=1)[:, ends]
-    predicted = np.sum(probability[order][ends] > threshold)
-    (tp, fp), (abnormal, normal) = above[..., predicted], above[..., -1]
-    return Counts(
-        tp, fp, abnormal - tp, normal - fp, total=abnormal + normal,
-        squared_error=weight @ gap**2, gaps=weight @ gaps,
-        tp_curve=above[0], tn_curve=normal[:, None] - above[1],
-        odds=ratio(normal, abnormal) * prevalence / (1 - prevalence))
-
-
-def ece_bin(probability: Floats) -> Array:
-    """Return the bin k of each probability: k / 15 <= p < (k + 1) / 15, and 1.0 in the last."""
-    return np.minimum((probability * ECE_BINS).astype(np.intp), ECE_BINS - 1)
+    def __init__(
+        self, rows: Predictions, threshold: float, weight: Floats | None = None,
+        prevalence: float | None = None,
+    ) -> None:
+        label, probability = rows.label, rows.probability
+        weight = np.ones((1, len(label))) if weight is None else weight
+        order = np.argsort(-probability)
+        ends = np.flatnonzero(np.diff(probability[order], append=-1))  # of ties
+        above = np.zeros((2, len(weight), len(ends) + 1))
+        for curve, chosen in zip(above, (label, 1 - label), strict=True):
+            curve[:, 1:] = np.cumsum((weight * chosen)[:, order], axis=1)[:, ends]
+        predicted = np.sum(probability[order][ends] > threshold)
+        (self.tp, self.fp), (abnormal, normal) = above[..., predicted], above[..., -1]
+        self.fn, self.tn, self.total = abnormal - self.tp, normal - self.fp, abnormal + normal
+        self.tp_curve, self.fp_curve = above
+        self.tn_curve = normal[:, None] - self.fp_curve
+        gap = label - probability
+        self.squared_error = weight @ gap**2
+        bins = np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
+        self.gaps = weight @ (gap[:, None] * (bins[:, None] == np.arange(ECE_BINS)))
+        odds = prevalence / (1 - prevalence) if prevalence else math.nan
+        self.odds = ratio(normal, abnormal) * odds  # what an abnormal case counts there
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:
@@ -2679,14 +2658,13 @@ def ratio(part: Floats, whole: Floats) -> Floats:
 
 def auroc(c: Counts) -> Floats:
     """Return the area under the ROC curve, ties counting half (Hanley & McNeil 1982)."""
-    twice = (-np.diff(c.tn_curve) * (c.tp_curve[:, 1:] + c.tp_curve[:, :-1])).sum(axis=1)
-    return ratio(twice / 2, c.tp_curve[:, -1] * c.tn_curve[:, 0])
+    twice = (np.diff(c.fp_curve) * (c.tp_curve[:, 1:] + c.tp_curve[:, :-1])).sum(axis=1)
+    return ratio(twice / 2, c.tp_curve[:, -1] * c.fp_curve[:, -1])
 
 
 def average_precision(c: Counts) -> Floats:
     """Return the precision averaged over the steps of recall, not interpolated."""
-    predicted = c.tp_curve + c.tn_curve[:, :1] - c.tn_curve
-    precision = c.tp_curve / np.maximum(predicted, 1e-300)
+    precision = c.tp_curve / np.maximum(c.tp_curve + c.fp_curve, 1e-300)
     return ratio((np.diff(c.tp_curve) * precision[:, 1:]).sum(axis=1), c.tp_curve[:, -1])
 
 
@@ -2745,7 +2723,6 @@ class Metric:
 
     heading: str
     function: Callable[[Counts], Floats]  # value in each resample (R,), NaN where undefined
-    at_threshold: bool = True  # False: the same at every threshold
     groups: tuple[str, ...] = ("abnormal", "normal")  # of cases, that it rests on: see group_sizes
     bounds: tuple[float, float] = (0.0, 1.0)  # its worst and its best value
     interval: Callable[[float, Floats, Floats, int], Floats] = bca_interval
@@ -2753,7 +2730,7 @@ class Metric:
 
 
 METRICS = {
-    "auroc": Metric("AUROC", auroc, at_threshold=False),
+    "auroc": Metric("AUROC", auroc),
     "kappa": Metric(
         "kappa", lambda c: cohen_kappa(c.tp, c.fp, c.fn, c.tn), bounds=(-1.0, 1.0)),
     "sensitivity": Metric(
@@ -2769,215 +2746,180 @@ METRICS = {
         lambda c: ratio(c.odds * c.tp, c.odds * c.tp + c.fp), at_prevalence=True),
     "npv_at_prevalence": Metric(
         "NPV at prevalence", lambda c: ratio(c.tn, c.tn + c.odds * c.fn), at_prevalence=True),
-    "average_precision": Metric("average precision", average_precision, at_threshold=False),
+    "average_precision": Metric("average precision", average_precision),
     "sensitivity_at_specificity_90": Metric(
         "sensitivity at specificity 0.90",
-        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.90), at_threshold=False),
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.90)),
     "sensitivity_at_specificity_95": Metric(
         "sensitivity at specificity 0.95",
-        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.95), at_threshold=False),
+        lambda c: best_rate(c.tp_curve, c.tn_curve, 0.95)),
     "specificity_at_sensitivity_90": Metric(
         "specificity at sensitivity 0.90",
-        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.90), at_threshold=False),
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.90)),
     "specificity_at_sensitivity_95": Metric(
         "specificity at sensitivity 0.95",
-        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.95), at_threshold=False),
+        lambda c: best_rate(c.tn_curve, c.tp_curve, 0.95)),
     "brier": Metric(
         "Brier score", lambda c: ratio(c.squared_error, c.total),
-        at_threshold=False, groups=("all",)),
+        groups=("all",)),
     "ece": Metric(
         "ECE", lambda c: ratio(np.abs(c.gaps).sum(axis=1), c.total),
-        at_threshold=False, groups=("all",), interval=ece_interval),
+        groups=("all",), interval=ece_interval),
 }
 HEADLINE = ("auroc", "kappa", "sensitivity", "specificity")  # of body parts and of comparisons
 
 
 def compute_metrics(
-    label: Array, probability: Floats, threshold: float, weight: Floats | None = None,
+    rows: Predictions, threshold: float, weight: Floats | None = None,
     prevalence: float | None = None,
 ) -> dict[str, Floats]:
-    """Return every metric for each row of weights (R, N), how often each case counts: (R,).
+    """Return every metric for each row of weights, (R,), NaN where undefined; see `Counts`.
 
     Abnormal means probability > threshold (the paper's 'above 0.5'). ECE compares the mean
-    probability of abnormal with the observed frequency in each `ece_bin`. NaN where undefined.
+    probability of abnormal with the observed frequency in bins k / 15 <= p < (k + 1) / 15, of which
+    the last has 1.0 too. A prevalence adds the metrics `at_prevalence`.
 
-    Args:
-        label: 0 or 1, (N,).
-        probability: of abnormal, (N,).
-        threshold: for the metrics `at_threshold`.
-        weight: (R, N); without, R is 1 and every case counts once.
-        prevalence: adds the metrics `at_prevalence`.
-
-    >>> found = compute_metrics(np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9]), threshold=0.5)
+    >>> names = np.array(["a", "b", "c"])
+    >>> label, probability = np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9])
+    >>> found = compute_metrics(Predictions(*[names] * 4, label, probability), threshold=0.5)
     >>> float(found["sensitivity"][0])
     0.5
     """
-    weight = np.ones((1, len(label))) if weight is None else weight
-    counts = count_cases(label, probability, threshold, weight, prevalence or math.nan)
+    counts = Counts(rows, threshold, weight, prevalence)
     return {
         name: metric.function(counts) for name, metric in METRICS.items()
         if prevalence or not metric.at_prevalence
     }
 
 
-def resample(
-    rows: Predictions, threshold: float, resamples: int, seed: int, prevalence: float | None = None
-) -> dict[str, Floats]:
-    """Return every metric as it is, in R resamples of patients, and with G groups of them left out.
+@dataclass(frozen=True)
+class Evaluation:
+    """How predictions become metrics with intervals."""
 
-    A patient brings all images or studies. Patients are drawn in the order of their names, so the
-    order of the rows does not matter, and two models get the same resamples.
+    threshold: float  # abnormal is above it, for images as for studies
+    resamples: int = 1000  # of the patients, for the 95 % intervals
+    seed: int = 0  # of the resamples
+    prevalence: float | None = None  # of abnormal cases where the model is to be used
 
-    Returns:
-        metric: (1 + R + G,)
-    """
-    names, patient = np.unique(rows.patient, return_inverse=True)
-    n, random = len(names), np.random.default_rng(seed)
-    drawn = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(resamples)]
-    group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
-    weight = np.vstack([np.ones(n), *drawn, np.arange(n) % len(group) != group]).astype(np.int16)
-    found = [
-        compute_metrics(
-            rows.label, rows.probability, threshold, chunk[:, patient].astype(float), prevalence)
-        for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
-    ]
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    def report(self, images: Predictions, study_temperature: float = 1.0) -> Content:
+        """Return `prevalence`, `levels` and `body_parts.PART` of the report, see `levels`."""
+        parts = {}
+        for part in np.unique(images.body_part).tolist():
+            chosen = images.take(images.body_part == part)
+            parts[part] = self.levels(chosen, study_temperature)
+        levels = self.levels(images, study_temperature)
+        return {"prevalence": self.prevalence, "levels": levels, "body_parts": parts}
 
+    def levels(self, images: Predictions, study_temperature: float) -> Content:
+        """Return for `image` and `study` their numbers, and every metric as `with_interval` does.
 
-def group_sizes(rows: Predictions, threshold: float) -> dict[str, tuple[int, int]]:
-    """Return the numbers of patients and of studies in each group that a metric may rest on."""
-    predicted = rows.probability > threshold
-    groups = {
-        "all": rows.label >= 0, "abnormal": rows.label == 1, "normal": rows.label == 0,
-        "predicted abnormal": predicted, "predicted normal": ~predicted}
-    return {
-        name: (len(np.unique(rows.patient[chosen])), len(np.unique(rows.study[chosen])))
-        for name, chosen in groups.items()
-    }
+        Probabilities are calibrated; for the temperature see `pool_views`.
+        """
+        levels = {}
+        for name, rows in (("image", images), ("study", pool_studies(images, study_temperature))):
+            sizes, values = self.group_sizes(rows), self.resample(rows)
+            levels[name] = {
+                "count": len(rows.label), "positives": int(rows.label.sum()),
+                "patients": sizes["all"][0],
+                **{k: self.with_interval(METRICS[k], v, sizes) for k, v in values.items()}}
+        return levels
 
+    def compare(self, reference: Predictions, other: Predictions) -> Content:
+        """Return other - reference in each headline metric, as `with_interval` does, paired.
 
-def with_interval(
-    metric: Metric, values: Floats, resamples: int, sizes: Mapping[str, tuple[int, int]]
-) -> dict[str, float | None]:
-    """Return {"value", "low", "high"}, None where undefined; see INTERVAL_NOTE.
+        They are the same studies in the same order, as two models see them.
+        """
+        first, second = self.resample(reference), self.resample(other)
+        sizes, differences = self.group_sizes(reference), {}
+        for name in HEADLINE:
+            metric = replace(METRICS[name], bounds=(-2.0, 2.0))
+            differences[name] = self.with_interval(metric, second[name] - first[name], sizes)
+        return differences
 
-    A faultless value is faultless in every resample: its interval is the exact one, up to the error
-    rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson 1934).
+    def resample(self, rows: Predictions) -> dict[str, Floats]:
+        """Return every metric as it is, in R resamples of patients, and without G groups of them.
 
-    Args:
-        metric: what the values are of.
-        values: see `resample`.
-        resamples: how many of the values come from resamples.
-        sizes: see `group_sizes`.
-    """
-    value, (drawn, left_out) = float(values[0]), np.split(values[1:], [resamples])
-    defined, left_out = drawn[np.isfinite(drawn)], left_out[np.isfinite(left_out)]
-    patients, studies = np.min([sizes[name] for name in metric.groups], axis=0)
-    enough = studies >= MIN_STUDIES and len(left_out)
-    exact = value in metric.bounds and not metric.at_prevalence
-    if not enough or not (exact or np.ptp(defined) > 1e-9):
-        return {"value": None if math.isnan(value) else value, "low": None, "high": None}
-    unseen = 1 - TAIL ** (1 / patients) if exact else 0.0
-    ends = metric.interval(value, defined, left_out, sizes["all"][0])
-    ends = np.append(ends, [value - unseen, value + unseen]).clip(*metric.bounds)
-    return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
+        A patient brings all images or studies. Patients are drawn in the order of their names, so
+        the order of the rows does not matter, and two models get the same resamples.
 
+        Returns:
+            metric: (1 + R + G,)
+        """
+        names, patient = np.unique(rows.patient, return_inverse=True)
+        n, random = len(names), np.random.default_rng(self.seed)
+        drawn = [
+            np.bincount(random.integers(n, size=n), minlength=n) for _ in range(self.resamples)]
+        group = np.arange(min(n, JACKKNIFE_GROUPS))[:, None]
+        left = np.arange(n) % len(group) != group
+        weight = np.vstack([np.ones(n), *drawn, left]).astype(np.int16)
+        found = [
+            compute_metrics(
+                rows, self.threshold, chunk[:, patient].astype(float), self.prevalence)
+            for chunk in np.array_split(weight, -(-len(weight) * len(patient) // CHUNK))
+        ]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
-def evaluate_predictions(
-    images: Predictions, threshold: float, *, study_temperature: float = 1.0, resamples: int = 1000,
-    seed: int = 0, prevalence: float | None = None,
-) -> Content:
-    """Return `prevalence`, `levels.{image,study}`, `body_parts.PART.{image,study}` of the report.
-
-    Each level holds `count`, `positives`, `patients` and every metric as {"value", "low", "high"}.
-
-    Args:
-        images: one or more, their probabilities calibrated.
-        threshold: abnormal is above it, for images as for studies.
-        study_temperature: see `pool_views`.
-        resamples: of the patients, for the 95 % intervals.
-        seed: of the resamples.
-        prevalence: of abnormal cases where the model is to be used.
-    """
-
-    def level(rows: Predictions) -> Content:
-        sizes = group_sizes(rows, threshold)
-        values = resample(rows, threshold, resamples, seed, prevalence)
+    def group_sizes(self, rows: Predictions) -> dict[str, tuple[int, int]]:
+        """Return the numbers of patients and of studies in each group that a metric may rest on."""
+        predicted = rows.probability > self.threshold
+        groups = {
+            "all": rows.label >= 0, "abnormal": rows.label == 1, "normal": rows.label == 0,
+            "predicted abnormal": predicted, "predicted normal": ~predicted}
         return {
-            "count": len(rows.label), "positives": int(rows.label.sum()),
-            "patients": sizes["all"][0],
-            **{k: with_interval(METRICS[k], v, resamples, sizes) for k, v in values.items()},
+            name: (len(np.unique(rows.patient[chosen])), len(np.unique(rows.study[chosen])))
+            for name, chosen in groups.items()
         }
 
-    def levels(rows: Predictions) -> Content:
-        return {"image": level(rows), "study": level(pool_studies(rows, study_temperature))}
+    def with_interval(
+        self, metric: Metric, values: Floats, sizes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, float | None]:
+        """Return {"value", "low", "high"}, None where undefined; see INTERVAL_NOTE.
 
-    parts = np.unique(images.body_part).tolist()
-    body_parts = {part: levels(images.take(images.body_part == part)) for part in parts}
-    return {"prevalence": prevalence, "levels": levels(images), "body_parts": body_parts}
-
-
-def compare(
-    reference: Predictions, other: Predictions, threshold: float, resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, dict[str, float | None]]:
-    """Return other - reference in each headline metric, {"value", "low", "high"}, paired.
-
-    Args:
-        reference: the studies of the first model.
-        other: those of another model: the same ones in the same order.
-        threshold: abnormal is above it, for both.
-        resamples: of the patients, the same for both.
-        seed: of the resamples.
-    """
-    if np.array_equal(reference.probability, other.probability):
-        return {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in HEADLINE}
-    sizes = group_sizes(reference, threshold)
-    first, second = (resample(rows, threshold, resamples, seed) for rows in (reference, other))
-    differences = {name: replace(METRICS[name], bounds=(-2.0, 2.0)) for name in HEADLINE}
-    return {
-        name: with_interval(metric, second[name] - first[name], resamples, sizes)
-        for name, metric in differences.items()
-    }
+        A faultless value is faultless in every resample: its interval is the exact one, up to the
+        error rate that stays unseen in so many patients with a chance of 2.5 % (Clopper & Pearson
+        1934). For the values see `resample`.
+        """
+        value, (drawn, left_out) = float(values[0]), np.split(values[1:], [self.resamples])
+        defined, left_out = drawn[np.isfinite(drawn)], left_out[np.isfinite(left_out)]
+        patients, studies = np.min([sizes[name] for name in metric.groups], axis=0)
+        enough = studies >= MIN_STUDIES and len(left_out)
+        exact = value in metric.bounds and not metric.at_prevalence
+        if not enough or not (exact or np.ptp(defined) > 1e-9):
+            return {"value": None if math.isnan(value) else value, "low": None, "high": None}
+        unseen = 1 - TAIL ** (1 / patients) if exact else 0.0
+        ends = metric.interval(value, defined, left_out, sizes["all"][0])
+        ends = np.append(ends, [value - unseen, value + unseen]).clip(*metric.bounds)
+        return {"value": value, "low": float(ends.min()), "high": float(ends.max())}
 
 
 def fit_temperature(
-    logits: Floats, label: Array, patient: Array,
-    views: Array | float = math.inf,
+    logits: Floats, label: Array, patient: Array, views: Array | float = math.inf
 ) -> float:
     """Return the temperature T of logits of images (arXiv 1706.04599) or of means of views, or 1.0.
 
-    It is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation
-    by patient the log loss has to fall, per patient, by more than its standard error. Also 1.0 with
+    It is that of TEMPERATURES with the least log loss, log(1 + exp(-logit of the right class)). It
+    is 1.0 unless it pays on patients that it was not fitted to: in FOLDS-fold cross-validation by
+    patient the log loss has to fall, per patient, by more than its standard error. Also 1.0 with
     one class, few patients, or logits whose sign is always right or always wrong: T has no bound.
     """
     names, index = np.unique(patient, return_inverse=True)
     wrong = np.where(label == 1, -logits, logits)  # above 0 where the sign is wrong
-    views = np.broadcast_to(views, wrong.shape)
     if len(names) < MIN_PATIENTS or len(np.unique(label)) < 2 or not wrong.min() < 0 < wrong.max():
         return 1.0
+    losses = np.logaddexp(0, wrong / study_divisor(TEMPERATURES[:, None], views))  # (T, N)
     fold = (np.random.default_rng(0).permutation(len(names)) % FOLDS)[index]
-    others = [fold != k for k in range(FOLDS)]
-    held_out = np.array([likeliest_temperature(wrong[rows], views[rows]) for rows in others])[fold]
-    calibrated = wrong / study_divisor(held_out, views)
-    gain = np.bincount(index, np.logaddexp(0, wrong) - np.logaddexp(0, calibrated))
+    fitted = [losses[:, fold != k].mean(axis=1).argmin() for k in range(FOLDS)]
+    held_out = losses[np.array(fitted)[fold], np.arange(len(fold))]
+    gain = np.bincount(index, np.logaddexp(0, wrong) - held_out)
     pays = gain.mean() > gain.std(ddof=1) / len(names) ** 0.5
-    return likeliest_temperature(wrong, views) if pays else 1.0
-
-
-def likeliest_temperature(wrong: Floats, views: Array) -> float:
-    """Return the T of TEMPERATURES of least log loss, log(1 + exp(wrong / divisor))."""
-    losses = [np.logaddexp(0, wrong / study_divisor(t, views)).mean() for t in TEMPERATURES]
-    return float(TEMPERATURES[np.argmin(losses)])
+    return float(TEMPERATURES[losses.mean(axis=1).argmin()]) if pays else 1.0
 
 
 def fit_study_temperature(images: Predictions) -> float:
     """Return the temperature of `pool_views`, 1.0 if none pays; images are calibrated before."""
-    studies = pool_studies(images)
-    names, counts = np.unique(images.study, return_counts=True)
-    views = counts[np.searchsorted(names, studies.study)]
-    return fit_temperature(
-        to_logits(studies.probability), studies.label, studies.patient, views)
+    studies, views = pool_studies(images), Counter(images.study.tolist())  # in the same order
+    return fit_temperature(to_logits(studies.probability), studies.label, studies.patient,
+                           np.array(list(views.values())))
 
 
 def choose_threshold(rule: str, studies: Predictions) -> float:
@@ -2993,13 +2935,12 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
 
     >>> names = np.array(["a", "b", "c", "d"])
     >>> label, probability = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.9])
-    >>> choose_threshold("auto", Predictions(tuple(names), *[names] * 3, label, probability))
+    >>> choose_threshold("auto", Predictions(*[names] * 4, label, probability))
     0.25
     """
     if len(np.unique(studies.label)) < 2:
         return 0.5
-    counts = count_cases(
-        studies.label, studies.probability, 0.5, np.ones((1, len(studies.label))))
+    counts = Counts(studies, 0.5)
     tp, tn = counts.tp_curve[0], counts.tn_curve[0]
     bounds = np.concatenate([[1.0], -np.unique(-studies.probability), [0.0]])
     upper, lower = bounds[:-1], bounds[1:]
@@ -3009,8 +2950,9 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
     goals = [cohen_kappa(tp, tn[0] - tn, tp[-1] - tp, tn)]
     if rule != "auto":
         name, wanted = rule.split("=")
-        sensitivity, specificity = tp / tp[-1], tn / tn[0]
-        kept, free = (specificity, sensitivity) if name == "spec" else (sensitivity, specificity)
+        free, kept = tp / tp[-1], tn / tn[0]
+        if name == "sens":
+            free, kept = kept, free
         goals = [np.minimum(kept, float(wanted)), free, kept]
     ranks = list(zip(*goals, -np.abs(thresholds - 0.5), strict=True))
     return float(thresholds[ranks.index(max(ranks))])
@@ -3046,29 +2988,34 @@ def headline_table(heading: str, entries: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Return the terminal text of a report, at most 100 columns; its notes stay in the file."""
+    """Return the terminal text of a report, at most 100 columns; its notes stay in the file.
+
+    Every metric of the studies, then a table of the headline metrics of whatever else there is.
+    """
     study, image = report["levels"]["study"], report["levels"]["image"]
-    levels = {"studies": study} if study == image else {"studies": study, "images": image}
-    rows = [["", *levels]]
-    for name in (name for name in METRICS if name in study):
-        mark = " *" if METRICS[name].at_threshold else ""
-        values = [format_value(level[name]) for level in levels.values()]
-        rows.append([METRICS[name].heading + mark, *values])
-    parts = {
-        f"{name} ({entry['study']['count']})": entry["study"]
-        for name, entry in report["body_parts"].items()}
-    models = {name: entry["study"] for name, entry in report.get("models", {}).items()}
-    at = f"; prevalence {report['prevalence']:.3g}" if report["prevalence"] else ""
-    return "\n".join([
+    lines = [
         f"{report['split']}: {study['count']} studies ({study['positives']} abnormal) of "
         f"{study['patients']} patients",
-        *table_lines(rows, 34, 24),
-        f"* abnormal above {report['threshold']:.3g} ({report['threshold_source']}){at}",
-        *(headline_table("body part (studies)", parts) if len(parts) > 1 else []),
-        *headline_table("model", models),
-        *headline_table("minus the first", report.get("differences", {})),
-        "[low,high]: 95 %, bootstrap over patients; none if too few studies or undefined (-)",
-    ])
+        f"abnormal above {report['threshold']:.3g} ({report['threshold_source']})"]
+    for name in METRICS:
+        if name in study:
+            lines.append(f"{METRICS[name].heading:<34}{format_value(study[name])}")
+    others = {} if image == study else {"images": image}
+    if len(report["body_parts"]) > 1:
+        for name, levels in report["body_parts"].items():
+            others[f"{name} ({levels['study']['count']})"] = levels["study"]
+    for name, levels in report.get("models", {}).items():
+        others[name] = levels["study"]
+    for name, difference in report.get("differences", {}).items():
+        others[f"diff {name}"] = difference
+    table = [["", *(METRICS[name].heading for name in HEADLINE)]] if others else []
+    for name, entry in others.items():
+        values = [format_value(entry[key], digits=2) for key in HEADLINE]
+        table.append([shorten(name, 19), *values])
+    lines += ["".join(cell.ljust(20) for cell in row).rstrip() for row in table]
+    lines.append("[low,high]: 95 %, by patient; none if too few studies; -: undefined; diff: minus "
+                 "the first model")
+    return "\n".join(lines)
 
 
 # ===== 8 training =================================================================================
@@ -3088,25 +3035,21 @@ def class_weights(records: Sequence[ImageRecord]) -> dict[tuple[str, int], float
     With A abnormal and N normal training images of the part it is 2 A / (A + N) for normal and
     2 N / (A + N) for abnormal (arXiv 1712.06957, section 3.1): the loss at chance is log 2 = 0.69.
     """
-    labels: defaultdict[str, list[int]] = defaultdict(list)
-    for record in records:
-        labels[record.body_part].append(record.label)
-    for label in {0, 1}.difference(*labels.values()):
-        raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
+    counts = Counter((record.body_part, record.label) for record in records)
     weights = {}
-    for part, found in labels.items():
-        share = sum(found) / len(found)
-        weights[part, 0], weights[part, 1] = 2 * share, 2 * (1 - share)
-        if share in (0, 1):
-            warn(f"{part}: all training images are {CLASSES[int(share)]}, so they have no weight "
-                 "in the loss; leave the body part out with --tasks")
+    for part, label in counts:
+        others = counts[part, 1 - label]
+        weights[part, label] = 2 * others / (others + counts[part, label])
+        if not others:
+            warn(f"{part}: all training images are {CLASSES[label]}, so they have no weight in the "
+                 "loss; leave the body part out with --tasks")
     return weights
 
 
 def loss_targets(
     records: Sequence[ImageRecord], weights: Mapping[tuple[str, int], float]
 ) -> Tensor:
-    """Return labels and weights in the loss, (2, N); a body part that is not in train weighs 1."""
+    """Return labels and weights in the loss, (2, N); what is not in train weighs 1."""
     labels = [record.label for record in records]
     found = [weights.get((record.body_part, record.label), 1) for record in records]
     return torch.tensor([labels, found]).float()
@@ -3206,14 +3149,7 @@ class Trainer:
             while self.unfinished():
                 self.train_epoch()
                 self.end_epoch(self.validate())
-                if self.distributed.world_size == 1:
-                    self.signals.check()  # the state is saved
         self.distributed.wait()  # the others read the model next, which rank 0 has written
-
-    @property
-    def step(self) -> int:
-        """The number of optimiser steps taken, over all epochs."""
-        return self.state.epoch * self.batches + self.state.batch
 
     def unfinished(self) -> bool:
         """Return whether there are epochs left, and --patience, of which 0 is without end."""
@@ -3271,8 +3207,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         if config.lr_schedule == "poly":
-            total = config.epochs * self.batches
-            return config.lr * poly_factor(self.step, total, config.warmup)
+            step, total = state.epoch * self.batches + state.batch, config.epochs * self.batches
+            return config.lr * poly_factor(step, total, config.warmup)
         rate, lowest = config.lr, math.inf
         for row in state.history:
             if row["val_loss"] < lowest * (1 - 1e-4):
@@ -3403,7 +3339,7 @@ class Trainer:
         state = self.state
         loss = self.loss(torch.from_numpy(logits), *self.val_targets)
         studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
-        metrics = compute_metrics(studies.label, studies.probability, 0.5)
+        metrics = compute_metrics(studies, 0.5)
         val = {name: float(values[0]) for name, values in metrics.items()}
         val["loss"] = loss.item() / len(logits)
         val["accuracy"] = float(((logits > 0) == self.val_set.labels).mean())
@@ -3420,7 +3356,7 @@ class Trainer:
         """Write STEM.pth, with temperatures and threshold found on val."""
         images = as_predictions(self.val_set.records, sigmoid(logits))
         temperature = fit_temperature(logits, images.label, images.patient)
-        images = replace(images, probability=sigmoid(logits, temperature))
+        images = replace(images, probability=sigmoid(logits / temperature))
         study_temperature = fit_study_temperature(images)
         rule = self.config.threshold
         threshold, source = rule or 0.5, "default" if rule is None else "given"
@@ -3493,8 +3429,8 @@ def log_epoch(row: Row, epochs: int, *, best: bool) -> None:
 def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predictions:
     """Return images and their probabilities (N,) for the metrics."""
     columns = {name: np.array([getattr(record, name) for record in records])
-               for name in ("body_part", "patient", "study", "label")}
-    return Predictions(tuple(record.name for record in records), **columns, probability=probability)
+               for name in ("name", "body_part", "patient", "study", "label")}
+    return Predictions(columns.pop("name"), **columns, probability=probability)
 
 
 def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
@@ -3530,7 +3466,6 @@ FIGURE_PIXELS = 1400  # side of a square of as many pixels as matplotlib is give
 SHEET_TILES = 12  # of the gallery
 BLUE, RED = "#0072B2", "#D55E00"  # distinct to the colour-blind (Okabe and Ito 2008)
 CHANCE = {"color": "gray", "linestyle": ":"}
-PAPER = {"auroc": 0.929, "sensitivity": 0.815, "specificity": 0.887}  # arXiv 1712.06957, abstract
 STYLE: dict[Any, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "lines.linewidth": 1, "lines.markersize": 4, "legend.fontsize": 7,
@@ -3548,9 +3483,9 @@ def new_figure(**style: Any) -> Any:
 def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     """Return a figure as the content of a file of that suffix."""
     file, kind = io.BytesIO(), suffix.lower()[1:]
-    mark: Content = {"metadata": {"Software" if kind == "png" else "Creator": PROGRAM}}
+    mark: Content = {"metadata": {"Creator": PROGRAM}}
     if kind == "jpg":
-        mark = {"pil_kwargs": {"comment": PROGRAM.encode()}}
+        mark = {"pil_kwargs": {"comment": PROGRAM}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
         figure.savefig(file, format=kind, dpi=dpi, **mark)
@@ -3560,12 +3495,10 @@ def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
 # ---- history and report ----
 
 
-def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int) -> bytes:
+def plot_history(history: Sequence[Row], best_epoch: int) -> bytes:
     """Return a PNG of loss, accuracy, and study-level AUROC and kappa over epochs.
 
-    Args:
-        history: the rows of STEM.history.csv; None makes a gap.
-        best_epoch: the kept epoch, which is marked; 0 if there is none.
+    The kept epoch, counted from 1, is marked; NaN makes a gap.
     """
     import matplotlib as mpl
 
@@ -3579,10 +3512,9 @@ def plot_history(history: Sequence[Mapping[str, float | None]], best_epoch: int)
         figure = new_figure(figsize=(9.6, 3.2), layout="constrained")
         for axes, title in zip(figure.subplots(1, 3), panels, strict=True):
             for name in panels[title]:
-                values = np.array([row[name] for row in history], float)  # None becomes NaN
+                values = [row[name] for row in history]
                 axes.plot(epochs, values, ".-", label=name.replace("_", " "))
-            if best_epoch:
-                axes.axvline(best_epoch, **CHANCE, label=f"kept: epoch {best_epoch}")
+            axes.axvline(best_epoch, **CHANCE, label=f"kept: epoch {best_epoch}")
             axes.set(title=title, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
@@ -3600,12 +3532,12 @@ def draw_point(axes: Any, x: Any, y: Any, **style: Any) -> None:
     axes.plot(x[1:], y[[0, 0]], x[[0, 0]], y[1:], color=point.get_color())
 
 
-def wilson_interval(positives: int, count: int) -> Floats:
-    """Return a fraction and the ends of its 95 % interval (3,) (Wilson 1927)."""
-    z2 = 1.96**2
-    half = math.sqrt(z2 * (positives * (count - positives) / count + z2 / 4))
-    low, high = positives + z2 / 2 - half, positives + z2 / 2 + half
-    return np.array([positives / count, low / (count + z2), high / (count + z2)])
+def wilson_interval(label: Array) -> Floats:
+    """Return the fraction of abnormal and the ends of its 95 % interval (3,) (Wilson 1927)."""
+    fraction, z2 = label.mean(), 1.96**2 / len(label)
+    half = math.sqrt(z2 * (fraction * (1 - fraction) + z2 / 4))
+    low, high = fraction + z2 / 2 - half, fraction + z2 / 2 + half
+    return np.array([fraction, low / (1 + z2), high / (1 + z2)])
 
 
 def draw_curves(
@@ -3613,8 +3545,8 @@ def draw_curves(
 ) -> None:
     """Draw ROC and precision-recall curves, the operating point and what chance reaches."""
     for level, found, color in (("images", images, "silver"), ("studies", studies, BLUE)):
-        counts = count_cases(found.label, found.probability, 0.5, np.ones((1, len(found.label))))
-        hits, alarms = counts.tp_curve[0], counts.tn_curve[0, 0] - counts.tn_curve[0]
+        counts = Counts(found, report["threshold"])
+        hits, alarms = counts.tp_curve[0], counts.fp_curve[0]
         sensitivity, precision = ratio(hits, hits[-1]), ratio(hits, hits + alarms)
         precision[0] = precision[1]
         roc.plot(ratio(alarms, alarms[-1]), sensitivity, color=color, label=level)
@@ -3624,9 +3556,9 @@ def draw_curves(
     sensitivity = metric_points(metrics["sensitivity"])
     draw_point(roc, 1 - metric_points(metrics["specificity"]), sensitivity, **point)
     draw_point(recall, sensitivity, metric_points(metrics["ppv"]), **point)
-    if report["is_mura"]:
-        label = f"MURA paper, hidden test set,\n207 studies: AUROC {PAPER['auroc']}"
-        roc.plot(1 - PAPER["specificity"], PAPER["sensitivity"], "*", color=RED, label=label)
+    if report["is_mura"]:  # arXiv 1712.06957, abstract
+        label = "MURA paper, hidden test set,\n207 studies: AUROC 0.929"
+        roc.plot(1 - 0.887, 0.815, "*", color=RED, label=label)
     roc.axline((0, 0), (1, 1), **CHANCE)
     recall.axhline(studies.label.mean(), **CHANCE, label="prevalence")
     title = f"a  ROC: AUROC {format_value(metrics['auroc'])}"
@@ -3657,11 +3589,10 @@ def draw_reliability(axes: Any, studies: Predictions) -> None:
     bins = np.minimum((10 * studies.probability).astype(int), 9)
     means, sizes = [], []
     for place in np.unique(bins):
-        label, probability = studies.label[bins == place], studies.probability[bins == place]
-        means.append(probability.mean())
-        sizes.append(len(label))
-        fraction = wilson_interval(label.sum(), len(label))
-        draw_point(axes, np.full(3, means[-1]), fraction, color=BLUE)
+        found = studies.take(bins == place)
+        means.append(found.probability.mean())
+        sizes.append(len(found.label))
+        draw_point(axes, np.full(3, means[-1]), wilson_interval(found.label), color=BLUE)
     axes.axline((0, 0), (1, 1), **CHANCE)
     axes.secondary_xaxis("top").set_xticks(means, sizes, fontsize=6)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="fraction abnormal")
@@ -3729,42 +3660,28 @@ class HeatScale:
 
         return LinearSegmentedColormap.from_list(self.cam_class, HEAT_COLORS[self.cam_class])
 
-    def colors(self, heat: Array) -> Array:
-        """Return the colours of heat (H, W), (H, W, 3) from 0 to 1."""
-        shown: Array = self.colormap(heat / self.top)[..., :3]
-        return shown
-
-    def opacity(self, heat: Array) -> Array:
-        """Return the opacity of heat (H, W) on the radiograph, from 0 to 1."""
-        return HEAT_OPACITY * np.minimum(heat / self.top / OPAQUE_FROM, 1)
-
 
 def heat_scale(cam_class: str, unit: str, heatmaps: Iterable[Array]) -> HeatScale:
     """Return the scale of these maps, on which faint heat stays faint."""
     return HeatScale(cam_class, unit, max([FAINT_HEAT, *(float(heat.max()) for heat in heatmaps)]))
 
 
-def fit_pixels(pixels: Pixels, side: float) -> Pixels:
-    """Return pixels (H, W), averaged or interpolated until the longer side is `side`."""
-    image = Image.fromarray(pixels)
-    size = [max(1, round(side * edge / max(image.size))) for edge in image.size]
-    fitted = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return np.asarray(fitted)
-
-
 def show_heat(
     pixels: Pixels, heat: Array, side: float, scale: HeatScale
-) -> tuple[Pixels, Array, Image.Image]:
-    """Return a radiograph and its heat, both reduced or enlarged to `side` pixels, and the overlay.
+) -> tuple[Image.Image, Image.Image, Image.Image, Array]:
+    """Return radiograph, heat in colours and overlay, the longer side `side`, and the heat in it.
 
     The overlay is the radiograph as it is where there is no heat. Pixels and heat are (H, W), but
-    the heat may be of another size.
+    the heat may be of another size; pixels are averaged or interpolated.
     """
-    pixels = fit_pixels(pixels, side)
-    heat = resize_map(heat, *pixels.shape)
-    opacity = scale.opacity(heat)[..., None]
-    mixed = (1 - opacity) * pixels[..., None] + opacity * 255 * scale.colors(heat)
-    return pixels, heat, Image.fromarray(np.rint(mixed).astype(np.uint8))
+    image = Image.fromarray(pixels)
+    width, height = (max(1, round(side * edge / max(image.size))) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    original, heat = image.convert("RGB"), resize_map(heat, height, width)
+    color = Image.fromarray(scale.colormap(heat / scale.top, bytes=True)).convert("RGB")
+    opacity = 255 * HEAT_OPACITY * np.minimum(heat / scale.top / OPAQUE_FROM, 1)
+    overlay = Image.composite(color, original, Image.fromarray(opacity.astype(np.uint8)))
+    return original, color, overlay, heat
 
 
 def outline_region(overlay: Image.Image, heat: Any, box: Any) -> None:
@@ -3811,7 +3728,7 @@ def draw_tiles(
 
 def draw_explanation(
     figure: Any, views: Sequence[ViewResult], heading: Sequence[str], scale: HeatScale,
-    boxes: Sequence[Box | None] = (),
+    lesion: Box | None = None,
 ) -> None:
     """Fill a figure with original | heatmap | overlay of each view, all on one scale.
 
@@ -3822,15 +3739,13 @@ def draw_explanation(
         views: that could be read.
         heading: lines of the figure's title.
         scale: of the heat.
-        boxes: the known lesion of each view, pixels of the original.
+        lesion: the known one of each view, pixels of the original.
     """
     side = int(FIGURE_PIXELS / math.sqrt(3 * len(views)))
     tiles: list[tuple[Image.Image, str]] = []
-    for view, lesion in itertools.zip_longest(views, boxes):
+    for view in views:
         factor = side / max(view.pixels.shape)
-        pixels, heat, overlay = show_heat(view.pixels, view.cam, side, scale)
-        original = Image.fromarray(pixels).convert("RGB")
-        color = Image.fromarray((255 * scale.colors(heat)).astype(np.uint8))
+        original, color, overlay, heat = show_heat(view.pixels, view.cam, side, scale)
         if view.box:
             outline_region(overlay, heat, tuple(round(factor * edge) for edge in view.box))
         if lesion:
@@ -3859,10 +3774,8 @@ def gallery_sheet(
 ) -> bytes:
     """Return a PNG of overlays; a tile is a radiograph, its heat (both (H, W)) and a caption."""
     figure, side = new_figure(), FIGURE_PIXELS / math.sqrt(len(tiles))
-    overlays = []
-    for pixels, heat, caption in tiles:
-        *_, overlay = show_heat(pixels, heat, side, scale)
-        overlays.append((overlay, caption))
+    overlays = [(show_heat(pixels, heat, side, scale)[2], caption)
+                for pixels, heat, caption in tiles]
     draw_tiles(figure, overlays, 1, heading, scale)
     return save_figure(figure, dpi=DPI)
 
@@ -4075,25 +3988,23 @@ def make_report(
     if config.mode == "E" and isinstance(config.threshold, str):
         threshold, source = choose_threshold(config.threshold, studies), f"{config.threshold} here"
         notes.append("The threshold was chosen on these studies: metrics at it are optimistic.")
-    sampling: Content = {"resamples": config.bootstrap, "seed": config.seed}
-    measure: Callable[..., Content] = partial(
-        evaluate_predictions, threshold=threshold, prevalence=config.prevalence, **sampling)
+    evaluation = Evaluation(threshold, config.bootstrap, config.seed, config.prevalence)
     report = {
         "split": scan.split, "checkpoints": [os.path.realpath(model.path) for model in models],
         "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
         "threshold": threshold, "threshold_source": source,
         "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
-        **measure(images, study_temperature=ensemble.study_temperature)}
+        **evaluation.report(images, ensemble.study_temperature)}
     if len(models) > 1:
         pooled = {}
         report |= {"models": {}, "differences": {}}
         for model, member in zip(models, members, strict=True):
             name, temperature = str(model.path), model.study_temperature
-            report["models"][name] = measure(member, study_temperature=temperature)["levels"]
+            report["models"][name] = evaluation.levels(member, temperature)
             pooled[name] = pool_studies(member, temperature)
         first, *others = (pooled | {"ensemble": studies}).items()
         for name, other in others:
-            report["differences"][name] = compare(first[1], other, threshold, **sampling)
+            report["differences"][name] = evaluation.compare(first[1], other)
     return report, images, studies
 
 
@@ -4434,10 +4345,9 @@ class Predictor:
 
     def pool(self, study: Study) -> Study:
         """Return an input with its answer, from its views, whose heatmaps and boxes are set."""
-        each = np.array([view.probability for view in study.readable])
-        if len(each):
-            pooled = pool_views(each, np.zeros(len(each)), self.ensemble.study_temperature)
-            study.probability = float(pooled[0])
+        each = [view.probability for view in study.readable]
+        if each:
+            study.probability = pool_views(each, self.ensemble.study_temperature)
         study.threshold, explained = self.threshold, self.config.cam_class
         if explained == "predicted":
             explained = study.label
@@ -4675,7 +4585,7 @@ def explain_result(
     if not (file or show):
         return
     content = save_explanation(
-        *study.explanation, [lesion], suffix=file.suffix if file else ".png",
+        *study.explanation, lesion, suffix=file.suffix if file else ".png",
         window=study.path.name if show else "")
     if file:
         atomic_write(file, content)
@@ -4879,7 +4789,8 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of a new run, or of one that goes on from the `content` of its state."""
     sides = split_by_patient(scan.records, config.val_split, config.seed)
-    class_weights(sides[0])  # both classes must be there: checked before the long work
+    for label in {0, 1}.difference(record.label for record in sides[0]):
+        raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     network, earlier = initial_network(config, resumed=bool(content))
     size = choose_image_size(scan.records, config.image_size)
     tta = config.hflip > 0 if config.tta is None else config.tta

@@ -71,11 +71,11 @@ def left_half(heat: float, shape: tuple[int, int] = (200, 300)) -> np.ndarray:
 
 
 def panels(
-    *views: mura.ViewResult, scale: Any = SCALE, lesions: Any = ()
+    *views: mura.ViewResult, scale: Any = SCALE, lesion: Any = None
 ) -> list[list[np.ndarray]]:
     """Draw views; returns original, heatmap and overlay (H, W, 3) of each."""
     figure = Figure()
-    mura.draw_explanation(figure, views, ["study1"], scale, lesions)
+    mura.draw_explanation(figure, views, ["study1"], scale, lesion)
     pictures = [
         np.asarray(image.get_array())[..., :3].astype(int) for image in figure.axes[0].images
     ]
@@ -213,7 +213,7 @@ def test_no_outline_without_a_box() -> None:
 
 
 def test_a_known_lesion_is_boxed_on_original_and_overlay() -> None:
-    first, second = panels(make_view(0), make_view(0), lesions=[(50, 40, 150, 100), None])
+    (first,), (second,) = panels(make_view(0), lesion=(50, 40, 150, 100)), panels(make_view(0))
     for picture in (first[0], first[2]):
         rows, columns = np.nonzero(painted(picture, GREEN))
         scale = picture.shape[1] / 300
@@ -355,7 +355,7 @@ def test_settings_of_matplotlib_are_left_alone(saved: list[Figure]) -> None:
 def predictions(label: Any, probability: Any, body_part: str = "XR_HAND") -> mura.Predictions:
     """Make predictions of as many images, each its own study and patient."""
     names = np.array([f"{body_part}/patient{i:05}/study1_x" for i in range(len(label))])
-    paths = tuple(f"{name}/image1.png" for name in names)
+    paths = np.array([f"{name}/image1.png" for name in names])
     parts = np.full(len(names), body_part)
     return mura.Predictions(
         paths, parts, names, names, np.array(label), np.array(probability, float)
@@ -457,22 +457,23 @@ def test_gallery_sheet_is_a_png() -> None:
 # ----- history
 
 
-def history(**columns: list[float | None]) -> list[dict[str, float | None]]:
-    """Make rows of a history; a column not given is None throughout."""
+def history(**columns: list[float]) -> list[dict[str, float]]:
+    """Make rows of a history; a column not given is NaN throughout."""
     count = len(next(iter(columns.values())))
     names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auroc", "val_kappa")
     return [
-        {"epoch": i + 1.0, **{name: columns.get(name, [None] * count)[i] for name in names}}
+        {"epoch": i + 1.0, **{name: columns.get(name, [np.nan] * count)[i] for name in names}}
         for i in range(count)
     ]
 
 
 def test_curves_show_the_history(saved: list[Figure]) -> None:
     rows = history(
-        train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_accuracy=[0.5, 0.9], val_auroc=[0.6, None]
+        train_loss=[0.7, 0.5], val_loss=[0.8, 0.6], val_accuracy=[0.5, 0.9], val_auroc=[0.6, np.nan]
     )
-    mura.plot_history(rows, 0)
+    mura.plot_history(rows, 1)
     curves = {line.get_label(): line.get_xydata() for axes in saved[0].axes for line in axes.lines}
+    curves.pop("kept: epoch 1")
     assert list(curves) == [
         "train loss",
         "val loss",
@@ -485,7 +486,7 @@ def test_curves_show_the_history(saved: list[Figure]) -> None:
     assert curves["val loss"].tolist() == [[1, 0.8], [2, 0.6]]
     assert curves["val accuracy"].tolist() == [[1, 0.5], [2, 0.9]]
     np.testing.assert_array_equal(curves["val auroc"], [[1, 0.6], [2, np.nan]], "a gap, not a zero")
-    assert [len(axes.lines) for axes in saved[0].axes] == [2, 2, 2], "no epoch is kept yet"
+    assert [len(axes.lines) for axes in saved[0].axes] == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("count", "best"), [(1, 1), (2, 1), (100, 63)])
@@ -545,7 +546,7 @@ def cohort(
     study = np.array(
         [f"{p}/patient{i // 2:05d}/study{i}" for p, i in zip(part, index, strict=True)]
     )
-    path = tuple(f"{s}/image{i % 2}.png" for i, s in enumerate(study))
+    path = np.array([f"{s}/image{i % 2}.png" for i, s in enumerate(study)])
     patient = np.array([f"patient{i // 2:05d}" for i in index])
     logit = 2.5 * (label - 0.5) + random.normal(0, 1, len(index))
     return mura.Predictions(path, part, patient, study, label, 1 / (1 + np.exp(-logit)))
@@ -562,7 +563,7 @@ def evaluated(
         "threshold": threshold,
         "threshold_source": "default",
         "is_mura": False,
-        **mura.evaluate_predictions(images, threshold, resamples=20),
+        **mura.Evaluation(threshold, 20).report(images),
         **more,
     }
     return report, images, mura.pool_studies(images)
@@ -616,7 +617,7 @@ def test_prevalence_is_that_of_studies(saved: list[Figure]) -> None:
     """One abnormal study of three views, three normal ones of one: 1 of 4, though 3 of 6 images."""
     names = np.array(["a", "a", "a", "b", "c", "d"])
     label, probability = np.array([1, 1, 1, 0, 0, 0]), np.array([0.9, 0.8, 0.7, 0.3, 0.2, 0.1])
-    images = mura.Predictions(tuple("123456"), np.full(6, "XR_HAND"), names, names, label, probability)
+    images = mura.Predictions(np.array(list("123456")), np.full(6, "XR_HAND"), names, names, label, probability)
     ((line, *_),) = lines_of(drawn_report(saved, *evaluated(images))["b"], "prevalence")
     assert line[1] == 0.25
 

@@ -457,7 +457,7 @@ def test_all_intervals_of_a_report_follow_seed_and_bootstrap() -> None:
     """Of the ensemble, of each model and of their differences; the values are those of the data."""
     random, names = np.random.default_rng(0), np.array([f"p{i:02}" for i in range(24)])
     label, part = np.arange(24) % 2, np.full(24, "XR_HAND")
-    given = (tuple(names), part, names, names, label)
+    given = (names, part, names, names, label)
     members = [mura.Predictions(*given, (label + 2 * random.random(24)) / 3) for _ in range(2)]
     models = [
         mura.LoadedModel(Path(name), mura.Network("resnet50"), mura.Normalization("image"), 64,

@@ -210,11 +210,37 @@ def test_the_loss_at_chance_is_log_two() -> None:
     assert of_class[:2].sum() == of_class[2:].sum()
 
 
-def test_training_needs_both_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    """A body part with one class has no weight, which is told."""
-    for label, name in ((0, "abnormal"), (1, "normal")):
-        with pytest.raises(mura.UserError, match=f"no training image is {name};"):
-            mura.class_weights([image(label)] * 3)
+def without(untested: Path, folder: Path, pattern: str) -> Path:
+    """Copy the data without the studies of that pattern."""
+    ignored = shutil.ignore_patterns(".mura_cache", "*.csv")
+    root = Path(shutil.copytree(untested, folder / "MURA-v1.1", ignore=ignored))
+    for study in root.glob(f"train/{pattern}"):
+        shutil.rmtree(study)
+    return root
+
+
+@pytest.mark.parametrize(("kept", "name"), [("negative", "abnormal"), ("positive", "normal")])
+def test_training_needs_both_classes(
+    kept: str, name: str, untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is seen before anything is decoded."""
+    gone = {"negative": "positive", "positive": "negative"}[kept]
+    data = without(untested, tmp_path, f"*/*/*_{gone}")
+    assert run_inside(*training(data, tmp_path / "run.pth")) == mura.EXIT_USAGE
+    assert f"no training image is {name}; training needs both classes" in one_line(capsys)
+    assert not (data / ".mura_cache").exists()
+
+
+def test_a_body_part_of_one_class_is_told_once(
+    untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = next(untested.glob("train/XR_*")).name
+    data = without(untested, tmp_path, f"{part}/*/*_positive")
+    assert run_inside(*training(data, tmp_path / "run.pth", "--epochs", "1")) == 0
+    assert capsys.readouterr().err.count(f"{part}: all training images are normal") == 1
+
+
+def test_a_body_part_of_one_class_has_no_weight(capsys: pytest.CaptureFixture[str]) -> None:
     weights = mura.class_weights([image(0), image(1), image(1, "XR_ELBOW")])
     assert weights["XR_HAND", 0] == weights["XR_HAND", 1] == 1
     assert re.search("XR_ELBOW.* abnormal.*no weight", one_line(capsys))
@@ -549,7 +575,7 @@ def test_temperatures_and_threshold_are_of_val(
     assert temperature > 1.5
     assert content["temperature"] == pytest.approx(temperature, rel=0.02)  # one step of its grid
     assert content["study_temperature"] == 0.3
-    probability = mura.sigmoid(logits, content["temperature"])
+    probability = mura.sigmoid(logits / content["temperature"])
     np.testing.assert_allclose(calibrated[0].probability, probability, atol=1e-4)
     expected = {None: 0.5, "0.3": 0.3}.get(rule)
     if expected is None:
