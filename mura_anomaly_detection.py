@@ -4253,72 +4253,49 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
 def search_folder(top: Path) -> list[Study]:
     """Return the images and studies in a folder, judged by their content.
 
-    A folder named study1, study1_positive, ... is a study (several, where its DICOM files have
-    several StudyInstanceUIDs), and so are the DICOM files elsewhere of one StudyInstanceUID; any
-    other image stands for itself. What is left out is counted.
+    A study is what a folder named study1, study1_positive, ... holds of one StudyInstanceUID, or
+    without one; elsewhere, the DICOM files of one StudyInstanceUID. Any other image stands for
+    itself. What is left out is counted.
     """
-    closed: list[OSError] = []
     skipped: list[str] = []
     found: dict[object, Study] = {}
-    uids: dict[Path, str] = {}
-    for path in walk_files(top, closed.append):
+    for path in walk_files(top, set()):
         header, folder = input_header(path), path.parent
         if not header:
             skipped.append(path.name)
-        else:
-            name, uids[path] = os.path.basename(os.path.realpath(folder)), header.study_uid
-            is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
-            key, place = (folder, folder) if is_study else (uids[path] or path, path)
-            study = found.setdefault(key, Study(place))
-            study.files.append(path)
-            if not is_study and len(study.files) > 1:
-                study.path = Path(os.path.commonpath([file.parent for file in study.files]))
+            continue
+        uid, name = header.study_uid, os.path.basename(os.path.realpath(folder))
+        is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
+        key, place = ((folder, uid), folder) if is_study else (uid or path, path)
+        study = found.setdefault(key, Study(place, uid=uid))
+        if study.files:
+            study.path = Path(os.path.commonpath([study.path, folder]))
+        study.files.append(path)
     if skipped:
         warn(f"{top}: {len(skipped)} of the files are no images, left out, such as {skipped[0]}")
-    errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
-              for error in closed]
-    studies = [part for study in found.values() for part in split_examinations(study, uids)]
-    return [*studies, *errors]
-
-
-def split_examinations(study: Study, uids: Mapping[Path, str]) -> list[Study]:
-    """Return a study with its UID, or one for each UID of its files, and one for those without."""
-    known = dict.fromkeys(uids[file] for file in study.files if uids[file])
-    if len(known) < 2:
-        return [replace(study, uid="".join(known))]
-    groups = {uid: [file for file in study.files if uids[file] == uid] for uid in [*known, ""]}
-    return [replace(study, files=files, uid=uid) for uid, files in groups.items() if files]
+    return list(found.values())
 
 
 def input_header(path: Path) -> ImageHeader | None:
     """Return what a file in a folder says about itself, or None if it is to be left out.
 
-    That is what --predict saved there, and what is no image; but a damaged file with an image's
+    That is what --predict saved there, and what is no image; but a damaged file with a picture's
     suffix is an input, which fails.
     """
     if path.name.endswith(HEATMAP_ENDING) and is_ours(path):
         return None
-    header = read_header(path)
-    if header or path.suffix.lower() not in IMAGE_SUFFIXES:
-        return header
-    is_report = False
-    with OPTIONAL:
-        if path.is_file():
-            with path.open("rb") as file:
-                is_report = _image_format(file.read(HEAD_BYTES)) == "DICOM"
-    return None if is_report else ImageHeader("")
+    is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() != ".dcm"
+    return read_header(path) or (ImageHeader("") if is_picture else None)
 
 
-def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
+def walk_files(folder: Path, seen: set[str]) -> Iterator[Path]:
     """Yield the files below a folder, but hidden ones; links are followed, each folder once."""
-    seen: set[str] = set()
-    for folder, *children in os.walk(top, onerror=onerror, followlinks=True):
-        place = os.path.realpath(folder)
-        for names in children:
-            visible = [name for name in names if name[0] != "." and place not in seen]
-            names[:] = sorted(visible, key=natural_key)
+    place = os.path.realpath(folder)
+    if place not in seen:
         seen.add(place)
-        yield from (Path(folder, name) for name in children[1])
+        yield from (folder / name for name in file_names(folder))
+        for name in subfolders(folder):
+            yield from walk_files(folder / name, seen)
 
 
 # ---- predict: from files to results ----
@@ -4337,22 +4314,18 @@ class Predictor:
         self.threshold, _ = decision_threshold(config, ensemble.models)
 
     def predict(self, path: str | Path) -> Study:
-        """Return the result of an image, or of a folder whose images are one study.
+        """Return the result of an image or of a study's folder, as --predict finds it there.
 
         Raises:
-            UserError: nothing in it can be read, or its DICOM files are of several studies.
+            UserError: nothing in it can be read, or it holds several images or studies.
         """
-        path = Path(path)
-        names = [path / name for name in file_names(path)] if path.is_dir() else [path]
-        headers = {file: input_header(file) for file in names}
-        files = [file for file in names if headers[file] or file == path]
-        uids = {file: header.study_uid if header else "" for file, header in headers.items()}
-        parts = split_examinations(Study(path, files), uids)
-        if len(parts) > 1:
-            raise UserError(f"{path}: holds files of several studies; put each into its own folder")
-        (study,) = self.studies(parts)
+        inputs = list(collect_inputs([Path(path)]))
+        if len(inputs) > 1:
+            raise UserError(f"{path}: holds {len(inputs)} images or studies; name one of them (a "
+                            "study's folder is called study1, study2, ...)")
+        (study,) = self.studies(inputs)
         if not study.label:
-            raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
+            raise UserError(f"{path}: {study.error}", EXIT_FAILED)
         return study
 
     def studies(self, studies: Sequence[Study]) -> Iterator[Study]:

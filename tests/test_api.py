@@ -165,14 +165,19 @@ def test_the_precision_can_be_given(small: Path) -> None:
         mura.load(small, device="cpu", precision="tf32")
 
 
-def test_any_folder_given_to_the_api_is_one_study(small: Path, study: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(study, tmp_path / "holiday"))
+def test_the_api_finds_in_a_folder_what_the_command_finds(
+    small: Path, study: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(study, tmp_path / "study7"))
     (folder / "notes.txt").write_text("no image")
     model = mura.load(small, device="cpu")
     expected = model.predict(study)
     picture = mura.save_explanation(*expected.explanation)  # as --predict saves it beside an image
     (folder / "image1_heatmap.png").write_bytes(picture)
     assert model.predict(folder).probability == expected.probability
+    with pytest.raises(mura.UserError, match="holds 2 images or studies; name one of them"):
+        shutil.copytree(folder, tmp_path / "study8")
+        model.predict(tmp_path)
 
 
 def test_a_result_prints_without_its_pixels(small: Path, study: Path) -> None:
