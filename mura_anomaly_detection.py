@@ -4136,7 +4136,7 @@ def require_own_report(config: Config, split: str, data: str = "") -> None:
             raise UserError("--cam-class predicted: a sheet of --evaluate has one scale; use "
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
-        require_targets(config, {"figure": sheets})
+        require_targets(config, "figure", sheets)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
         models = [os.path.realpath(path) for path in config.checkpoint]
@@ -4426,8 +4426,9 @@ def load_predictor(config: Config) -> Predictor:
 def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
-    targets = {"output": [config.output], "save-cam": [config.save_cam]}
-    require_targets(config, targets, inputs)
+    for flag, path in (("output", config.output), ("save-cam", config.save_cam)):
+        if path:
+            require_targets(config, flag, [path])
     figures, predictor = figure_files(config, inputs), load_predictor(config)
     draw = config.figure or len(inputs) == 1
     show = draw and can_show(config.no_show)
@@ -4466,48 +4467,42 @@ def figure_files(config: Config, inputs: Sequence[Study]) -> list[Path | None]:
     Raises:
         UserError: one picture is named for several inputs, or as of `require_targets`.
     """
+    figure, several = config.figure, len(inputs) > 1
+    if several and not figure:
+        return [None] * len(inputs)
     # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
     stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
     names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
-    figure, files = config.figure, [Path(config.figure or "", name) for name in names]
+    if several:
+        names = [f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
+    files = [Path(figure or "", name) for name in names]
     if figure and figure.suffix.lower() in FIGURE_SUFFIXES:
-        if len(inputs) > 1:
+        if several:
             raise UserError(f"--figure {figure}: name a folder for several inputs")
         files = [figure]
-    elif len(inputs) > 1:
-        if not figure:
-            return [None] * len(inputs)
-        files = [figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
     try:
-        require_targets(config, {"figure": files}, inputs)
+        require_targets(config, "figure", files)
     except UserError as error:
         if figure:
             raise
         warn(f"{error}; the figure is not saved")
         return [None]
-    return list(files)
+    return [*files]
 
 
-def require_targets(
-    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[Study] = ()
-) -> None:
-    """Check before the work that the files of each flag can be written and replace nothing foreign.
+def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
+    """Check before the work that the files of a flag can be written and replace nothing foreign.
 
     Raises:
-        UserError: one is an input, cannot be written, or is there and not of this program.
+        UserError: one cannot be written, or is there and not of this program.
     """
-    read = {os.path.realpath(path) for study in inputs for path in study.files}
     columns = ",".join(OUTPUT_COLUMNS[:5]).encode()
-    for flag, paths in targets.items():
-        wanted = [path for path in paths if path]
-        for path in wanted[:1]:
-            require_writable(path)
-        for path in wanted:
-            if os.path.realpath(path) in read:
-                raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-            if path.exists() and not config.overwrite and not is_ours(path, columns):
-                raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
-                                "another name, or --overwrite")
+    for path in paths[:1]:
+        require_writable(path)
+    for path in paths:
+        if path.exists() and not config.overwrite and not is_ours(path, columns):
+            raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
+                            "another name, or --overwrite")
 
 
 def output_row(study: Study) -> Content:
@@ -4674,7 +4669,7 @@ def export_command(config: Config, signals: StopSignals) -> int:
         UserError: an optional package is missing, or the outputs differ by more than 1e-4.
     """
     target = config.export or Path()
-    require_targets(config, {"export": [target]})
+    require_targets(config, "export", [target])
     (model,) = load_ensemble(config, CPU).models
     side = model.image_size
     about = {
@@ -5138,7 +5133,7 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     if there.exists() and not (there / PHANTOM_LIST).exists():
         raise UserError(f"--demo {folder}: {there} holds no phantoms; give another folder")
     figure = config.figure or folder / "demo_heatmap.png"
-    require_targets(config, {"figure": [figure]})
+    require_targets(config, "figure", [figure])
     if not config.overwrite:
         require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")

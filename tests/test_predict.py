@@ -1645,22 +1645,6 @@ def test_a_foreign_file_in_the_folder_of_figures_is_not_replaced(
     assert str(foreign) in error_line(capsys.readouterr()) and foreign.read_bytes() == before
 
 
-def test_an_input_is_never_replaced(ask: Ask, image: Path, capsys: Captured) -> None:
-    """By whatever name, and with --overwrite too."""
-    plant(Path(), image, "scan.png", "scan.csv", "sub/study1/a.npz", "sub/study1/b.png")
-    Path("link.png").symlink_to("scan.png")
-    before = image.read_bytes()
-    for arguments in (["scan.png", "--figure", "./scan.png"], ["scan.png", "--figure", "link.png"],
-                      ["link.png", "--figure", "scan.png"], ["scan.csv", "--output", "scan.csv"],
-                      ["sub", "--save-cam", "sub/study1/a.npz"]):
-        capsys.readouterr()
-        assert ask(*arguments, "--overwrite") == mura.EXIT_USAGE
-        line = error_line(capsys.readouterr())
-        assert f"{arguments[1]} {Path(arguments[2])}: is an input" in line
-    for name in ("scan.png", "scan.csv", "sub/study1/a.npz"):
-        assert Path(name).read_bytes() == before
-
-
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     ask: Ask, evaluate: Ask, image: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
