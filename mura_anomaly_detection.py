@@ -3977,9 +3977,7 @@ def evaluate_ensemble(
     decoded = [shared_decode(config, scan, model.shape, distributed) for model in ensemble.models]
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
-    first, fingerprint = data[0], data[0].fingerprint()
-    if config.mode == "E":
-        require_own_report(config, scan.split, fingerprint)
+    first = data[0]
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
@@ -3998,7 +3996,7 @@ def evaluate_ensemble(
         members = [as_predictions(first.records, row).take(kept)
                    for row in ensemble.probabilities(logits)]
         report, images, studies = make_report(config, ensemble, scan, members, notes)
-        report |= {"bad_images": bad_images, "data": fingerprint}
+        report["bad_images"] = bad_images
         write_report(config, report, images, studies)
         if config.mode == "E" and config.figure:
             config = replace(config, threshold=report["threshold"])
@@ -4048,8 +4046,8 @@ def make_report(
     measure: Callable[..., Content] = partial(
         evaluate_predictions, threshold=threshold, prevalence=config.prevalence, **sampling)
     report = {
-        "split": scan.split, "checkpoints": [os.path.realpath(model.path) for model in models],
-        "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
+        **report_subject(config, scan), "version": __version__,
+        "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
         "threshold": threshold, "threshold_source": source,
         "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
         **measure(images, study_temperature=ensemble.study_temperature)}
@@ -4121,15 +4119,20 @@ def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> No
         log(f"written: {file}")
 
 
-def require_own_report(config: Config, split: str, data: str = "") -> None:
-    """Refuse to replace the report of another split, model or data, or foreign pictures.
+def report_subject(config: Config, scan: Scan) -> Content:
+    """Return what a report is about: its split, models and data, by their real paths."""
+    models = [os.path.realpath(path) for path in config.checkpoint]
+    return {"split": scan.split, "checkpoints": models,
+            "data": " ".join([os.path.realpath(scan.folder), *config.tasks])}
 
-    Of the data it is asked once they are known, by their fingerprint.
+
+def require_own_report(config: Config, scan: Scan) -> None:
+    """Refuse to replace the report of another split, model or data, or foreign pictures.
 
     Raises:
         UserError: such a file is there, and --overwrite is not given.
     """
-    files, is_own = report_files(config, split), config.overwrite
+    files, is_own = report_files(config, scan.split), config.overwrite
     require_writable(files[0])
     if config.figure:
         if config.cam_class == "predicted":
@@ -4137,11 +4140,9 @@ def require_own_report(config: Config, split: str, data: str = "") -> None:
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
         require_targets(config, "figure", sheets)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
-        models = [os.path.realpath(path) for path in config.checkpoint]
-        before = earlier["split"], earlier["checkpoints"]
-        is_own |= before == (split, models) and data in ("", earlier["data"])
+        is_own |= earlier | report_subject(config, scan) == earlier
     if not is_own:
         require_new(files, "it is of another split, model or data, or not of this program: use "
                            "another --output, or --overwrite")
@@ -4505,30 +4506,30 @@ def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
                             "another name, or --overwrite")
 
 
-def output_row(study: Study) -> Content:
+def output_row(config: Config, study: Study) -> Content:
     """Return what --output says of an input, or of one of its views."""
-    row: Content = dict.fromkeys(OUTPUT_COLUMNS[:11]) | {"path": str(study.path)}
+    row: Content = dict.fromkeys(OUTPUT_COLUMNS) | {
+        "path": str(study.path), "error": study.error or None, "study_uid": study.uid or None,
+        "threshold": study.threshold, "model": " ".join(map(str, config.checkpoint)),
+        "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT)}
     if study.label:
         row |= {"prediction": study.label, "confidence": study.confidence,
                 "probability": study.probability}
+        if config.prevalence:
+            row["probability_at_prevalence"] = study.at_prevalence(config.prevalence)
     if study.label == "abnormal":
         strongest = max(study.readable, key=lambda view: view.probability)
-        sides: Sequence[int | None] = strongest.box or [None] * 4
-        row |= dict(zip(OUTPUT_COLUMNS[5:9], sides, strict=True)) | {"view": strongest.path.name}
-    return row | {"error": study.error or None, "study_uid": study.uid or None}
+        row["view"] = strongest.path.name
+        if strongest.box:
+            row |= zip(("left", "top", "right", "bottom"), strongest.box, strict=True)
+    return row
 
 
 def full_row(config: Config, study: Study) -> Content:
-    """Return the row of an input, with what it was made with and a row for each of its views."""
+    """Return the row of an input, with the rows of its views."""
     views = [replace(study, path=view.path, views=[view], probability=view.probability,
                      error=view.error) for view in study.views]
-    row = output_row(study) | {
-        "threshold": study.threshold, "model": " ".join(map(str, config.checkpoint)),
-        "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT),
-        "views": list(map(output_row, views))}
-    if config.prevalence and study.label:
-        row["probability_at_prevalence"] = study.at_prevalence(config.prevalence)
-    return row
+    return output_row(config, study) | {"views": [output_row(config, view) for view in views]}
 
 
 def write_output(path: Path | None, rows: Sequence[Content]) -> float:
@@ -4558,12 +4559,11 @@ def print_result(study: Study, prevalence: float | None) -> None:
     notes = f"probability of abnormal {percent(study.probability)}"
     if prevalence:
         notes += f", {percent(study.at_prevalence(prevalence))} at --prevalence"
-    if len(study.views) < 2:
-        log(f"{study.path}: {study.summary} ({notes})")
-        return
-    count = f"{len(study.readable)} of {len(study.views)}" if study.error else len(study.views)
-    log(f"{study.path}: {study.summary} ({notes}, {count} views)")
-    for view in study.readable:
+    several = len(study.views) > 1
+    if several:
+        notes += f", {len(study.readable)} of {len(study.views)} views"
+    log(f"{study.path}: {study.summary} ({notes})")
+    for view in study.readable if several else ():
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
 
@@ -4749,10 +4749,10 @@ def shared_decode(
 
 def evaluate_command(config: Config, signals: StopSignals) -> int:
     """Evaluate saved models on a split."""
-    require_own_report(config, config.labels.name if config.labels else config.split)
     hardware, distributed = start(config)
-    ensemble = load_ensemble(config, hardware)
     config, scan = scan_data(config, config.split)
+    require_own_report(config, scan)
+    ensemble = load_ensemble(config, hardware)
     evaluate_ensemble(config, ensemble, scan, distributed, signals)
     return EXIT_DONE
 

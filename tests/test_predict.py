@@ -494,12 +494,14 @@ def test_the_report_of_other_data_is_not_replaced(
 
 
 def test_the_report_of_a_model_that_is_named_otherwise_is_its_own(
-    evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    evaluate: Ask, pair: list[Path], phantoms: Path, capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a relative path, or by a link; another folder's model of that name is another one."""
     monkeypatch.setattr(mura, "load_ensemble", stop)
     Path("link.pth").symlink_to(pair[0])
-    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])], "data": "1"}
+    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])],
+           "data": os.path.realpath(phantoms / "valid")}
     Path("e.report.json").write_text(json.dumps(own))
     for name in (os.path.relpath(pair[0]), "link.pth"):
         assert evaluate(models=[Path(name)]) == mura.EXIT_USAGE
@@ -1198,7 +1200,7 @@ def test_a_study_has_a_row_for_each_view_and_the_box_of_its_most_abnormal_one(
     assert row["view"] == Path(strongest["path"]).name
     assert [row[side] for side in SIDES] == [strongest[side] for side in SIDES]
     out = capsys.readouterr().out
-    assert f", {len(files)} views)" in out
+    assert f", {len(files)} of {len(files)} views)" in out
     for path, probability in zip(files, probabilities, strict=True):
         assert f"    {path.name}: probability of abnormal {mura.percent(probability)}" in out
     maps = np.load("m.npz")
