@@ -4817,7 +4817,7 @@ def make_trainer(
     """Return the trainer of a new run, or of one that goes on from the `content` of its state."""
     sides = split_by_patient(scan.records, config.val_split, config.seed)
     class_weights(sides[0])  # both classes must be there: checked before the long work
-    network, earlier = initial_network(config, resumed=bool(content))
+    network, seen = initial_network(config, resumed=bool(content))
     size = choose_image_size(scan.records, config.image_size)
     tta = config.hflip > 0 if config.tta is None else config.tta
     config = replace(config, image_size=size, model=network.name, tta=tta)
@@ -4831,8 +4831,9 @@ def make_trainer(
             raise UserError(f"{scan.folder}: no image of {name} can be read; replace the bad "
                             "ones, or change --val-split", EXIT_FAILED)
         log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
-    seen = set(itertools.chain(*earlier.get("patients", {}).values()))
-    warn_about_initial_model(config, earlier, len(seen & set(patients["val"])))
+    if leaked := seen.intersection(patients["val"]):
+        warn(f"--weights {config.weights}: has seen {len(leaked)} patients of val: validation, "
+             "temperature and the choice of the epoch are optimistic (leakage)")
     facts = {
         "bad_images": len(bad_images),
         "patients": patients | {"train": sorted(seen.union(patients["train"]))},
@@ -4850,8 +4851,8 @@ def make_trainer(
     return trainer
 
 
-def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]:
-    """Return a network with the weights of --weights, and the model of this program they are from.
+def initial_network(config: Config, *, resumed: bool) -> tuple[Network, set[str]]:
+    """Return a network with the weights of --weights, and the patients that these have seen.
 
     Raises:
         UserError: the weights are not available, or do not fit.
@@ -4867,7 +4868,7 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
         network = Network(config.model)
         if source != "none":
             load_backbone(network, content, source)
-        return network, {}
+        return network, set()
     try:
         network = Network(content["model"])
         network.load_state_dict(content["state_dict"])
@@ -4878,19 +4879,7 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
     if "model" in config.given and config.model != network.name:
         raise UserError(f"--weights {source}: is a {network.name}, not a {config.model}; leave "
                         "--model out")
-    return network, content
-
-
-def warn_about_initial_model(config: Config, earlier: Content, seen: int) -> None:
-    """Warn where the model of --weights has `seen` patients of val, or had other preprocessing."""
-    if seen:
-        warn(f"--weights {config.weights}: has seen {seen} patients of val: validation, "
-             "temperature and the choice of the epoch are optimistic (leakage)")
-    for name in ("resize", "normalization") if earlier else ():
-        then, wanted = earlier["settings"][name], getattr(config, name)
-        if then != wanted:
-            warn(f"--weights {config.weights}: was trained with {flag_of(name)} {then}, this run "
-                 f"has {wanted}")
+    return network, {*itertools.chain(*content["patients"].values())}
 
 
 # ===== 11 phantoms and demo =======================================================================
