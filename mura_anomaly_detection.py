@@ -1457,8 +1457,7 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     notes = [f"{top}: {count} {text}" for text, count in counts.items() if count]
     if not records:
         raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
-    is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
-    return Scan(split, top, tuple(records), tuple(notes), is_mura)
+    return Scan(split, top, tuple(records), tuple(notes), is_mura=bool(listed))
 
 
 def _walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -4892,7 +4891,6 @@ PHANTOM_BONES = {
     # The first row are the shafts: they come in over the upper edge and have the lesions.
     "XR_FOREARM": ((2, 0.105, 0.60), (3, 0.12, 0.92)),
     "XR_HUMERUS": ((1, 0.165, 0.62), (2, 0.13, 3.0)),
-    "XR_WRIST": ((2, 0.13, 0.28), (3, 0.12, 0.60), (3, 0.08, 3.0)),
 }
 
 
@@ -5055,23 +5053,19 @@ def write_phantoms(
 ) -> Path:
     """Write phantoms, `size` pixels high, in MURA's layout; returns the new folder MURA-v1.1.
 
-    It holds so many studies of each body part in train/ and valid/, half of them abnormal, MURA's
-    four lists, and PHANTOM_LIST, which says where lesions are (see read_lesion_boxes).
+    It holds so many studies of each body part in train/ and valid/, half of them abnormal, and
+    PHANTOM_LIST, which says where lesions are (see read_lesion_boxes).
     """
     root = folder / "MURA-v1.1"
     root.mkdir(parents=True, exist_ok=True)
     (root / PHANTOM_LIST).touch()  # first of all: a demo that was stopped may run again
     lesions = ["path,kind,left,top,right,bottom"]
+    write = partial(_write_phantom, folder=folder, size=size, seed=seed)
     for split, first_patient, count in (("train", 1, train), ("valid", 11185, valid)):  # as in MURA
-        images: dict[str, str] = {}
         for order, part in enumerate(parts):  # some patients come with two body parts, as in MURA
             patient = first_patient + order * count // 2
-            images |= _plan_images(f"{root.name}/{split}/{part}", patient, count)
-        write = partial(_write_phantom, folder=folder, size=size, seed=seed)
-        lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
-        labels = [f"{path.rpartition('/')[0]}/,{int(kind != '')}" for path, kind in images.items()]
-        (root / f"{split}_image_paths.csv").write_text("\n".join(images))
-        (root / f"{split}_labeled_studies.csv").write_text("\n".join(dict.fromkeys(labels)))
+            images = _plan_images(f"{root.name}/{split}/{part}", patient, count)
+            lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
     (root / PHANTOM_LIST).write_text("\n".join(lesions))
     return root
 
@@ -5089,7 +5083,6 @@ def read_lesion_boxes(root: Path) -> dict[Path, Box]:
 # ---- demo ----
 
 DEMO_STUDIES = (136, 36)  # of train and valid, of each body part
-DEMO_PARTS = ("XR_FOREARM", "XR_HUMERUS")
 
 
 def pointing_game(
@@ -5126,7 +5119,7 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     if not config.overwrite:
         require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")
-    root = write_phantoms(folder, *DEMO_STUDIES, DEMO_PARTS, config.seed)
+    root = write_phantoms(folder, *DEMO_STUDIES, seed=config.seed)
     config = replace(config, data_dir=root)
     train_command(config, signals)
     boxes = read_lesion_boxes(root)

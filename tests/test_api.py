@@ -22,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -457,8 +458,8 @@ WRONG = {  # the command, its exit code, what the line names
     "no model": ("--predict {image} --checkpoint {image}", 2, "image1.png"),
     "no CUDA": ("--data-dir {data} --device cuda:99", 2, "cuda:99"),
     "tf32 on a CPU": ("--data-dir {data} --device cpu --precision tf32", 2, "tf32"),
-    "no image": ("--predict {data}/train_image_paths.csv --checkpoint {model} --device cpu", 1,
-                 "train_image_paths.csv"),
+    "no image": ("--predict {data}/phantoms.csv --checkpoint {model} --device cpu", 1,
+                 "phantoms.csv"),
     "no table": ("--labels t.csv --evaluate --checkpoint {model} --output o", 2, "t.csv"),
     "a folder is in the way": ("--export d.onnx --checkpoint {model}", 1, "d.onnx"),
     "several inputs, one picture": (
@@ -718,7 +719,7 @@ def drawn_demo(monkeypatch: pytest.MonkeyPatch, predictor: type[EverySecond]) ->
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     monkeypatch.setattr(mura, "DEMO_STUDIES", (0, 2))
-    monkeypatch.setattr(mura, "DEMO_PARTS", ("XR_FOREARM",))
+    monkeypatch.setattr(mura, "write_phantoms", partial(mura.write_phantoms, parts=["XR_FOREARM"]))
     monkeypatch.setattr(mura, "train_command", lambda *_: 0)
     monkeypatch.setattr(mura, "load_predictor", lambda _: predictor())
     return figures
@@ -779,7 +780,7 @@ def test_the_demo_draws_into_no_folder_of_radiographs(
 def test_the_demo_replaces_a_finished_run_only_if_told(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         raise mura.UserError("drawn")
 
     monkeypatch.setattr(mura, "write_phantoms", pytest.fail)
