@@ -4408,10 +4408,8 @@ class Predictor:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
         box = strongest_region(view.cam)
         if box and sign > 0 and above > 0:
-            across, down = width / columns, height / rows
-            left, top, right, bottom = box
-            view.box = (round(left * across), round(top * down), round(right * across),
-                        round(bottom * down))
+            left, top, right, bottom = (round(edge / scale) for edge in box)
+            view.box = left, top, min(right, width), min(bottom, height)
 
 
 def load_predictor(config: Config) -> Predictor:
@@ -4794,11 +4792,7 @@ def saved_state(config: Config) -> Content:
     """
     path = config.file(".last.pth")
     if config.resume and path.exists():
-        content = read_checkpoint(path, "state")
-        if not {*LEARNT, *KEPT} <= content["settings"].keys() | content["kept"].keys():
-            raise UserError(f"--resume {path}: written by version {content['version']}; start a "
-                            "new run")
-        return content
+        return read_checkpoint(path, "state")
     if config.resume and config.resume != "auto":
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
@@ -5204,9 +5198,10 @@ def how_to_go_on(config: Config) -> str:
     words = list(config.command)
     if not config.resume:
         words = [word for word in words if word != "--overwrite"] + ["--resume"]
+    command = command_line(words)
     if is_distributed():
-        return f"; the state is in {state}; to go on: the same torchrun command with --resume"
-    return f"; the state is in {state}; to go on: {command_line(words)}"
+        command = "the same torchrun command with --resume"
+    return f"; the state is in {state}; to go on: {command}"
 
 
 def describe_error(error: Exception, config: Config) -> str:
@@ -5214,11 +5209,8 @@ def describe_error(error: Exception, config: Config) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        if config.mode in "TD":
-            return f"out of memory: use --grad-accum-steps {2 * config.grad_accum_steps}"
-        smaller = config.batch_size // 2
-        remedy = f"--batch-size {smaller}" if smaller else "--device cpu"
-        return f"out of memory: use {remedy}"
+        smaller = "a larger --grad-accum-steps" if config.mode in "TD" else "a smaller --batch-size"
+        return f"out of memory: use {smaller}, or --device cpu"
     reason = str(error).strip().partition("\n")[0] or "no message"
     hint = "" if config.debug else " (--debug shows where)"
     return f"{type(error).__name__}: {reason}{hint}"

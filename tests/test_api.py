@@ -493,7 +493,7 @@ def test_an_error_is_one_line_that_names_it(
     (OSError(5, "Input/output error", "/mnt/a\x1b[2J"),
      r"OSError: [Errno 5] Input/output error: '/mnt/a\x1b[2J' (--debug shows where)"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-     "out of memory: use --batch-size 4"),
+     "out of memory: use a smaller --batch-size, or --device cpu"),
     (mura.UserError("x.png: is bad; mend it", 3), "x.png: is bad; mend it"),
 ])
 def test_any_failure_becomes_one_line_and_an_exit_code(
@@ -515,13 +515,12 @@ def test_memory_that_does_not_suffice_for_training_has_a_way_out(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(mura.Trainer, "fit", short)
-    assert run_inside("--data-dir", phantoms, *TINY, "--grad-accum-steps", "2") == 1
-    assert "out of memory: use --grad-accum-steps 4" in one_line(capsys.readouterr().err)
+    assert run_inside("--data-dir", phantoms, *TINY) == 1
+    assert "out of memory: use a larger --grad-accum-steps, or" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("mode", "remedy"), [
-    (["--demo"], "--grad-accum-steps 2"), (["--predict", "x.png"], "--batch-size 4"),
-    (["--predict", "x.png", "--batch-size", "1"], "--device cpu")])
+    (["--demo"], "a larger --grad-accum-steps"), (["--predict", "x.png"], "a smaller --batch-size")])
 def test_memory_that_does_not_suffice_has_a_remedy_in_each_mode(
     mode: list[str], remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
