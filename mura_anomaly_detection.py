@@ -761,13 +761,12 @@ def require_new(paths: Iterable[Path], remedy: str) -> None:
             raise UserError(f"{path}: is there already; {remedy}")
 
 
-def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
-    """Return whether a file begins with `header`, or carries this program's name."""
+def is_ours(path: Path) -> bool:
+    """Return whether a file carries this program's name."""
     if not path.is_file() or not path.stat().st_size:
         return False
-    pattern = rb"%b|\A%b" % (PROGRAM.encode(), header)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return re.search(pattern, content) is not None
+        return content.find(PROGRAM.encode()) >= 0
 
 
 @contextlib.contextmanager
@@ -4246,8 +4245,8 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
             yield from search_folder(path) or [Study(path, error="holds no images")]
         else:
-            header = read_header(path)
-            yield Study(path, [path], uid=header.study_uid if header else "")
+            header = read_header(path) or ImageHeader("")
+            yield Study(path, [path], uid=header.study_uid)
 
 
 def search_folder(top: Path) -> list[Study]:
@@ -4494,11 +4493,10 @@ def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
     Raises:
         UserError: one cannot be written, or is there and not of this program.
     """
-    columns = ",".join(OUTPUT_COLUMNS[:5]).encode()
     for path in paths[:1]:
         require_writable(path)
     for path in paths:
-        if path.exists() and not config.overwrite and not is_ours(path, columns):
+        if path.exists() and not config.overwrite and not is_ours(path):
             raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
                             "another name, or --overwrite")
 
@@ -4530,14 +4528,14 @@ def full_row(config: Config, study: Study) -> Content:
 
 
 def write_output(path: Path | None, rows: Sequence[Content]) -> float:
-    """Write --output, if it is asked for, as its suffix says.
+    """Write --output, if it is asked for and there are rows, as its suffix says.
 
     Returns:
         When to do so again, by `time.monotonic`: all rows are written each time, so the next time
         is after a second, or ten times as long as it took.
     """
     began = time.monotonic()
-    if path:
+    if path and rows:
         is_json = path.suffix == ".json"
         atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
     ended = time.monotonic()
@@ -4647,8 +4645,8 @@ def to_onnx(program: Any, about: Mapping[str, str], images: Tensor) -> tuple[byt
     import onnxruntime
     import onnxscript  # noqa: F401
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    quiet = warnings.catch_warnings(action="ignore")
+    with quiet, contextlib.redirect_stdout(io.StringIO()):
         exported: Any = torch.onnx.export(
             program, input_names=["images"], output_names=["probability"], dynamo=True)
     model = exported.model_proto  # a new one at each call

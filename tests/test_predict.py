@@ -1863,7 +1863,7 @@ def test_a_signal_is_heard_while_images_are_read(
     before = Path("read").stat().st_size
     assert child.end(signal.SIGTERM) == 143
     assert Path("read").stat().st_size <= before + 5
-    assert read_rows(Path("r.csv")) == []
+    assert not Path("r.csv").exists()
 
 
 def test_a_signal_is_heard_even_where_python_drops_its_exception(
