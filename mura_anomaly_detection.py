@@ -4340,7 +4340,7 @@ class Predictor:
         """Return a decoded image with each model's input, or why it cannot be read."""
         try:
             radiograph = read_radiograph(path)
-        except BadImage as error:
+        except (BadImage, OSError) as error:
             return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
         models, found = self.ensemble.models, list(radiograph.warnings)
         if doubt := unlike_radiograph(radiograph):
@@ -4438,8 +4438,8 @@ def predict_command(config: Config, signals: StopSignals) -> int:
             for study, figure in zip(predictor.studies(inputs), figures, strict=True):
                 rows.append(full_row(config, study))
                 print_result(study, config.prevalence)
-                if archive and config.save_cam:
-                    save_maps(archive, study, config.save_cam)
+                if archive:
+                    save_maps(archive, study)
                 if study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
@@ -4564,40 +4564,32 @@ def print_result(study: Study, prevalence: float | None) -> None:
 
 @contextlib.contextmanager
 def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
-    """Yield the archive of --save-cam, if it is asked for."""
+    """Yield the archive of --save-cam, if it is asked for.
+
+    An OSError within is the archive's: that of an input is its result, of another file a UserError.
+    """
     if not path:
         yield None
         return
-    inner = None
     try:
         with (temporary_file(path) as temporary,
               zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
             archive.comment = PROGRAM.encode()
-            try:
-                yield archive
-            except OSError as error:
-                inner = error
-                raise
+            yield archive
     except OSError as error:
-        if error is inner:  # of what was done meanwhile
-            raise
         raise unwritable(path, error) from error
 
 
-def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
+def save_maps(archive: zipfile.ZipFile, study: Study) -> None:
     """Add a result's heatmaps to the .npz archive, by the path of their images.
 
     As numpy.savez_compressed does, which does not take an image of the name "file".
     """
     for view in study.readable:
         name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
-        if name in archive.NameToInfo:  # given twice
-            continue
-        try:
+        if name not in archive.NameToInfo:  # else given twice
             with archive.open(name, "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, view.heatmap)
-        except OSError as error:
-            raise unwritable(path, error) from error
 
 
 def explain_result(
