@@ -3922,6 +3922,7 @@ CAM_SIDE = 1024  # pixels: maps of larger images are kept at this size, and enla
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 SIGNS = {"abnormal": 1.0, "normal": -1.0}  # of a class in the logit
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+STUDY_FOLDER = re.compile(r"(?i)study\d+(_\w+)?")  # study1, study1_positive, ...
 EXPORT_TOLERANCE = 1e-4  # probability: how far an exported model may be from torch
 OUTPUT_COLUMNS = (
     "path", "prediction", "confidence", "probability", "error", "left", "top", "right", "bottom",
@@ -4263,8 +4264,7 @@ def search_folder(top: Path) -> list[Study]:
         if not header:
             skipped.append(path.name)
             continue
-        uid, name = header.study_uid, os.path.basename(os.path.realpath(folder))
-        is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
+        uid, is_study = header.study_uid, STUDY_FOLDER.fullmatch(folder.resolve().name)
         key, place = ((folder, uid), folder) if is_study else (uid or path, path)
         study = found.setdefault(key, Study(place, uid=uid))
         if study.files:
@@ -4493,8 +4493,7 @@ def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
     Raises:
         UserError: one cannot be written, or is there and not of this program.
     """
-    for path in paths[:1]:
-        require_writable(path)
+    require_writable(paths[0])
     for path in paths:
         if path.exists() and not config.overwrite and not is_ours(path):
             raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
@@ -4751,7 +4750,6 @@ def train_command(config: Config, signals: StopSignals) -> int:
         content = saved_state(config)
         if content:
             config = resumed_config(config, content)
-        require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
         distributed.require_shared(config.file(".lock"))
         config, scan = scan_data(config, "train")
@@ -4787,9 +4785,8 @@ def saved_state(config: Config) -> Content:
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
     if not config.overwrite and is_main_process():
-        files = [config.file(ending) for ending in RUN_FILES]
-        goes_on = "--resume continues that run, " if path.exists() else ""
-        require_new(files, f"{goes_on}--overwrite replaces it, or use another --checkpoint")
+        require_new(map(config.file, RUN_FILES), "--resume continues that run, --overwrite "
+                    "replaces it, or use another --checkpoint")
     return {}
 
 
@@ -5101,7 +5098,7 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     figure = config.figure or folder / "demo_heatmap.png"
     require_targets(config, "figure", [figure])
     if not config.overwrite:
-        require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
+        require_new(map(config.file, RUN_FILES), "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")
     root = write_phantoms(folder, *DEMO_STUDIES, seed=config.seed)
     config = replace(config, data_dir=root)
