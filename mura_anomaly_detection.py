@@ -4106,15 +4106,13 @@ def write_report(
 
 def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> None:
     """Write contact sheets of the most wrong images below a folder, with heatmaps, to --figure."""
-    config = predictor.config
     for name, title, rows in gallery_pages(images, predictor.threshold):
-        inputs = [Study(folder / images.path[row], [folder / images.path[row]]) for row in rows]
+        paths = [folder / images.path[row] for row in rows]
+        (sheet,) = predictor.studies([Study(folder, paths)])  # one scale for all, as of a study
         tiles = [(view.pixels, view.cam, tile_caption(images, row))
-                 for study, row in zip(predictor.studies(inputs), rows, strict=True)
-                 for view in study.readable]
-        scale = heat_scale(config.cam_class, predictor.method.unit, [cam for _, cam, _ in tiles])
-        file = Path(config.figure or "", name)
-        atomic_write(file, gallery_sheet(tiles, title, scale))
+                 for view, row in zip(sheet.views, rows, strict=True) if not view.error]
+        file = Path(predictor.config.figure or "", name)
+        atomic_write(file, gallery_sheet(tiles, title, sheet.scale))
         log(f"written: {file}")
 
 
@@ -4183,7 +4181,7 @@ class Study:
     views: Sequence[ViewResult] = ()
     probability: float = math.nan  # of abnormal, pooled from the readable views, if there are any
     threshold: float = 0.5
-    scale: HeatScale | None = None  # of the heatmaps
+    scale: Any = None  # the HeatScale of its heatmaps
 
     @property
     def readable(self) -> list[ViewResult]:
