@@ -4778,7 +4778,11 @@ def saved_state(config: Config) -> Content:
     """
     path = config.file(".last.pth")
     if config.resume and path.exists():
-        return read_checkpoint(path, "state")
+        content = read_checkpoint(path, "state")
+        if content["version"] != __version__:
+            raise UserError(f"--resume {path}: written by version {content['version']}, this is "
+                            f"{__version__}; start a new run")
+        return content
     if config.resume and config.resume != "auto":
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
