@@ -4363,8 +4363,8 @@ class Predictor:
         images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
         for name in [explained] if explained in SIGNS else SIGNS:
             logits, maps = ensemble.explain(images, self.method, SIGNS[name])
-            for i, view in enumerate(views):
-                view.maps[name] = [heat[i] for heat in maps]
+            for view, *heats in zip(views, *maps, strict=True):
+                view.maps[name] = heats
         mean = ensemble.probabilities(logits.cpu().double().numpy()).mean(axis=0)
         for view, probability in zip(views, mean.tolist(), strict=True):
             view.probability = probability
