@@ -761,13 +761,12 @@ def require_new(paths: Iterable[Path], remedy: str) -> None:
             raise UserError(f"{path}: is there already; {remedy}")
 
 
-def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
-    """Return whether a file begins with `header`, or carries this program's name."""
+def is_ours(path: Path) -> bool:
+    """Return whether a file carries this program's name."""
     if not path.is_file() or not path.stat().st_size:
         return False
-    pattern = rb"%b|\A%b" % (PROGRAM.encode(), header)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return re.search(pattern, content) is not None
+        return content.find(PROGRAM.encode()) >= 0
 
 
 @contextlib.contextmanager
@@ -3868,6 +3867,7 @@ CAM_SIDE = 1024  # pixels: maps of larger images are kept at this size, and enla
 WINDOWS = 8  # figures opened at most, so that a folder does not bury the screen
 SIGNS = {"abnormal": 1.0, "normal": -1.0}  # of a class in the logit
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+STUDY_FOLDER = re.compile(r"(?i)study\d+(_\w+)?")  # study1, study1_positive, ...
 EXPORT_TOLERANCE = 1e-4  # probability: how far an exported model may be from torch
 OUTPUT_COLUMNS = (
     "path", "prediction", "confidence", "probability", "error", "left", "top", "right", "bottom",
@@ -3921,9 +3921,7 @@ def evaluate_ensemble(
     decoded = [shared_decode(config, scan, model.shape, distributed) for model in ensemble.models]
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
-    first, fingerprint = data[0], data[0].fingerprint()
-    if config.mode == "E":
-        require_own_report(config, scan.split, fingerprint)
+    first = data[0]
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
@@ -3942,7 +3940,7 @@ def evaluate_ensemble(
         members = [as_predictions(first.records, row).take(kept)
                    for row in ensemble.probabilities(logits)]
         report, images, studies = make_report(config, ensemble, scan, members, notes)
-        report |= {"bad_images": bad_images, "data": fingerprint}
+        report["bad_images"] = bad_images
         write_report(config, report, images, studies)
         if config.mode == "E" and config.figure:
             config = replace(config, threshold=report["threshold"])
@@ -3990,8 +3988,8 @@ def make_report(
         notes.append("The threshold was chosen on these studies: metrics at it are optimistic.")
     evaluation = Evaluation(threshold, config.bootstrap, config.seed, config.prevalence)
     report = {
-        "split": scan.split, "checkpoints": [os.path.realpath(model.path) for model in models],
-        "version": __version__, "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
+        **report_subject(config, scan), "version": __version__,
+        "date": time.strftime(DATE_FORMAT), "is_mura": scan.is_mura,
         "threshold": threshold, "threshold_source": source,
         "notes": [*REPORT_NOTES, *notes, *[PAPER_NOTE] * scan.is_mura],
         **evaluation.report(images, ensemble.study_temperature)}
@@ -4051,39 +4049,40 @@ def write_report(
 
 def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> None:
     """Write contact sheets of the most wrong images below a folder, with heatmaps, to --figure."""
-    config = predictor.config
     for name, title, rows in gallery_pages(images, predictor.threshold):
-        inputs = [Study(folder / images.path[row], [folder / images.path[row]]) for row in rows]
+        paths = [folder / images.path[row] for row in rows]
+        (sheet,) = predictor.studies([Study(folder, paths)])  # one scale for all, as of a study
         tiles = [(view.pixels, view.cam, tile_caption(images, row))
-                 for study, row in zip(predictor.studies(inputs), rows, strict=True)
-                 for view in study.readable]
-        scale = heat_scale(config.cam_class, predictor.method.unit, [cam for _, cam, _ in tiles])
-        file = Path(config.figure or "", name)
-        atomic_write(file, gallery_sheet(tiles, title, scale))
+                 for view, row in zip(sheet.views, rows, strict=True) if not view.error]
+        file = Path(predictor.config.figure or "", name)
+        atomic_write(file, gallery_sheet(tiles, title, sheet.scale))
         log(f"written: {file}")
 
 
-def require_own_report(config: Config, split: str, data: str = "") -> None:
-    """Refuse to replace the report of another split, model or data, or foreign pictures.
+def report_subject(config: Config, scan: Scan) -> Content:
+    """Return what a report is about: its split, models and data, by their real paths."""
+    models = [os.path.realpath(path) for path in config.checkpoint]
+    return {"split": scan.split, "checkpoints": models,
+            "data": " ".join([os.path.realpath(scan.folder), *config.tasks])}
 
-    Of the data it is asked once they are known, by their fingerprint.
+
+def require_own_report(config: Config, scan: Scan) -> None:
+    """Refuse to replace the report of another split, model or data, or foreign pictures.
 
     Raises:
         UserError: such a file is there, and --overwrite is not given.
     """
-    files, is_own = report_files(config, split), config.overwrite
+    files, is_own = report_files(config, scan.split), config.overwrite
     require_writable(files[0])
     if config.figure:
         if config.cam_class == "predicted":
             raise UserError("--cam-class predicted: a sheet of --evaluate has one scale; use "
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
-        require_targets(config, {"figure": sheets})
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or foreign
+        require_targets(config, "figure", sheets)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
-        models = [os.path.realpath(path) for path in config.checkpoint]
-        before = earlier["split"], earlier["checkpoints"]
-        is_own |= before == (split, models) and data in ("", earlier["data"])
+        is_own |= earlier | report_subject(config, scan) == earlier
     if not is_own:
         require_new(files, "it is of another split, model or data, or not of this program: use "
                            "another --output, or --overwrite")
@@ -4125,7 +4124,7 @@ class Study:
     views: Sequence[ViewResult] = ()
     probability: float = math.nan  # of abnormal, pooled from the readable views, if there are any
     threshold: float = 0.5
-    scale: HeatScale | None = None  # of the heatmaps
+    scale: Any = None  # the HeatScale of its heatmaps
 
     @property
     def readable(self) -> list[ViewResult]:
@@ -4188,79 +4187,55 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
             yield from search_folder(path) or [Study(path, error="holds no images")]
         else:
-            header = read_header(path)
-            yield Study(path, [path], uid=header.study_uid if header else "")
+            header = read_header(path) or ImageHeader("")
+            yield Study(path, [path], uid=header.study_uid)
 
 
 def search_folder(top: Path) -> list[Study]:
     """Return the images and studies in a folder, judged by their content.
 
-    A folder named study1, study1_positive, ... is a study (several, where its DICOM files have
-    several StudyInstanceUIDs), and so are the DICOM files elsewhere of one StudyInstanceUID; any
-    other image stands for itself. What is left out is counted.
+    A study is what a folder named study1, study1_positive, ... holds of one StudyInstanceUID, or
+    without one; elsewhere, the DICOM files of one StudyInstanceUID. Any other image stands for
+    itself. What is left out is counted.
     """
-    closed: list[OSError] = []
     skipped: list[str] = []
     found: dict[object, Study] = {}
-    uids: dict[Path, str] = {}
-    for path in walk_files(top, closed.append):
+    for path in walk_files(top, set()):
         header, folder = input_header(path), path.parent
         if not header:
             skipped.append(path.name)
-        else:
-            name, uids[path] = os.path.basename(os.path.realpath(folder)), header.study_uid
-            is_study = re.fullmatch(r"(?i)study\d+(_\w+)?", name)
-            key, place = (folder, folder) if is_study else (uids[path] or path, path)
-            study = found.setdefault(key, Study(place))
-            study.files.append(path)
-            if not is_study and len(study.files) > 1:
-                study.path = Path(os.path.commonpath([file.parent for file in study.files]))
+            continue
+        uid, is_study = header.study_uid, STUDY_FOLDER.fullmatch(folder.resolve().name)
+        key, place = ((folder, uid), folder) if is_study else (uid or path, path)
+        study = found.setdefault(key, Study(place, uid=uid))
+        if study.files:
+            study.path = Path(os.path.commonpath([study.path, folder]))
+        study.files.append(path)
     if skipped:
         warn(f"{top}: {len(skipped)} of the files are no images, left out, such as {skipped[0]}")
-    errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
-              for error in closed]
-    studies = [part for study in found.values() for part in split_examinations(study, uids)]
-    return [*studies, *errors]
-
-
-def split_examinations(study: Study, uids: Mapping[Path, str]) -> list[Study]:
-    """Return a study with its UID, or one for each UID of its files, and one for those without."""
-    known = dict.fromkeys(uids[file] for file in study.files if uids[file])
-    if len(known) < 2:
-        return [replace(study, uid="".join(known))]
-    groups = {uid: [file for file in study.files if uids[file] == uid] for uid in [*known, ""]}
-    return [replace(study, files=files, uid=uid) for uid, files in groups.items() if files]
+    return list(found.values())
 
 
 def input_header(path: Path) -> ImageHeader | None:
     """Return what a file in a folder says about itself, or None if it is to be left out.
 
-    That is what --predict saved there, and what is no image; but a damaged file with an image's
+    That is what --predict saved there, and what is no image; but a damaged file with a picture's
     suffix is an input, which fails.
     """
     if path.name.endswith(HEATMAP_ENDING) and is_ours(path):
         return None
-    header = read_header(path)
-    if header or path.suffix.lower() not in IMAGE_SUFFIXES:
-        return header
-    is_report = False
-    with OPTIONAL:
-        if path.is_file():
-            with path.open("rb") as file:
-                is_report = _image_format(file.read(HEAD_BYTES)) == "DICOM"
-    return None if is_report else ImageHeader("")
+    is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() != ".dcm"
+    return read_header(path) or (ImageHeader("") if is_picture else None)
 
 
-def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
+def walk_files(folder: Path, seen: set[str]) -> Iterator[Path]:
     """Yield the files below a folder, but hidden ones; links are followed, each folder once."""
-    seen: set[str] = set()
-    for folder, *children in os.walk(top, onerror=onerror, followlinks=True):
-        place = os.path.realpath(folder)
-        for names in children:
-            visible = [name for name in names if name[0] != "." and place not in seen]
-            names[:] = sorted(visible, key=natural_key)
+    place = os.path.realpath(folder)
+    if place not in seen:
         seen.add(place)
-        yield from (Path(folder, name) for name in children[1])
+        yield from (folder / name for name in file_names(folder))
+        for name in subfolders(folder):
+            yield from walk_files(folder / name, seen)
 
 
 # ---- predict: from files to results ----
@@ -4279,22 +4254,18 @@ class Predictor:
         self.threshold, _ = decision_threshold(config, ensemble.models)
 
     def predict(self, path: str | Path) -> Study:
-        """Return the result of an image, or of a folder whose images are one study.
+        """Return the result of an image or of a study's folder, as --predict finds it there.
 
         Raises:
-            UserError: nothing in it can be read, or its DICOM files are of several studies.
+            UserError: nothing in it can be read, or it holds several images or studies.
         """
-        path = Path(path)
-        names = [path / name for name in file_names(path)] if path.is_dir() else [path]
-        headers = {file: input_header(file) for file in names}
-        files = [file for file in names if headers[file] or file == path]
-        uids = {file: header.study_uid if header else "" for file, header in headers.items()}
-        parts = split_examinations(Study(path, files), uids)
-        if len(parts) > 1:
-            raise UserError(f"{path}: holds files of several studies; put each into its own folder")
-        (study,) = self.studies(parts)
+        inputs = list(collect_inputs([Path(path)]))
+        if len(inputs) > 1:
+            raise UserError(f"{path}: holds {len(inputs)} images or studies; name one of them (a "
+                            "study's folder is called study1, study2, ...)")
+        (study,) = self.studies(inputs)
         if not study.label:
-            raise UserError(f"{path}: {study.error or 'holds no images'}", EXIT_FAILED)
+            raise UserError(f"{path}: {study.error}", EXIT_FAILED)
         return study
 
     def studies(self, studies: Sequence[Study]) -> Iterator[Study]:
@@ -4310,7 +4281,7 @@ class Predictor:
         """Return a decoded image with each model's input, or why it cannot be read."""
         try:
             radiograph = read_radiograph(path)
-        except BadImage as error:
+        except (BadImage, OSError) as error:
             return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
         models, found = self.ensemble.models, list(radiograph.warnings)
         if doubt := unlike_radiograph(radiograph):
@@ -4335,8 +4306,8 @@ class Predictor:
         images = [torch.from_numpy(np.stack(batch)[:, None]).to(device) for batch in batches]
         for name in [explained] if explained in SIGNS else SIGNS:
             logits, maps = ensemble.explain(images, self.method, SIGNS[name])
-            for i, view in enumerate(views):
-                view.maps[name] = [heat[i] for heat in maps]
+            for view, *heats in zip(views, *maps, strict=True):
+                view.maps[name] = heats
         mean = ensemble.probabilities(logits.cpu().double().numpy()).mean(axis=0)
         for view, probability in zip(views, mean.tolist(), strict=True):
             view.probability = probability
@@ -4376,10 +4347,8 @@ class Predictor:
             view.cam *= np.float32(max(above, 0) / max(view.cam.max(), 1e-30))
         box = strongest_region(view.cam)
         if box and sign > 0 and above > 0:
-            across, down = width / columns, height / rows
-            left, top, right, bottom = box
-            view.box = (round(left * across), round(top * down), round(right * across),
-                        round(bottom * down))
+            left, top, right, bottom = (round(edge / scale) for edge in box)
+            view.box = left, top, min(right, width), min(bottom, height)
 
 
 def load_predictor(config: Config) -> Predictor:
@@ -4394,8 +4363,9 @@ def load_predictor(config: Config) -> Predictor:
 def predict_command(config: Config, signals: StopSignals) -> int:
     """Classify and explain what --predict names; returns the exit code."""
     inputs = list(collect_inputs(config.predict))
-    targets = {"output": [config.output], "save-cam": [config.save_cam]}
-    require_targets(config, targets, inputs)
+    for flag, path in (("output", config.output), ("save-cam", config.save_cam)):
+        if path:
+            require_targets(config, flag, [path])
     figures, predictor = figure_files(config, inputs), load_predictor(config)
     draw = config.figure or len(inputs) == 1
     show = draw and can_show(config.no_show)
@@ -4408,8 +4378,8 @@ def predict_command(config: Config, signals: StopSignals) -> int:
             for study, figure in zip(predictor.studies(inputs), figures, strict=True):
                 rows.append(full_row(config, study))
                 print_result(study, config.prevalence)
-                if archive and config.save_cam:
-                    save_maps(archive, study, config.save_cam)
+                if archive:
+                    save_maps(archive, study)
                 if study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
                 bar.update()
@@ -4434,85 +4404,77 @@ def figure_files(config: Config, inputs: Sequence[Study]) -> list[Path | None]:
     Raises:
         UserError: one picture is named for several inputs, or as of `require_targets`.
     """
+    figure, several = config.figure, len(inputs) > 1
+    if several and not figure:
+        return [None] * len(inputs)
     # unlike Path.resolve, realpath takes links in a circle; file systems take 255 bytes
     stems = [Path(os.path.realpath(study.path)).stem for study in inputs]
     names = [os.fsdecode(os.fsencode(stem)[:200]) + HEATMAP_ENDING for stem in stems]
-    figure, files = config.figure, [Path(config.figure or "", name) for name in names]
+    if several:
+        names = [f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
+    files = [Path(figure or "", name) for name in names]
     if figure and figure.suffix.lower() in FIGURE_SUFFIXES:
-        if len(inputs) > 1:
+        if several:
             raise UserError(f"--figure {figure}: name a folder for several inputs")
         files = [figure]
-    elif len(inputs) > 1:
-        if not figure:
-            return [None] * len(inputs)
-        files = [figure / f"{i:04d}_{name}" for i, name in enumerate(names, 1)]
     try:
-        require_targets(config, {"figure": files}, inputs)
+        require_targets(config, "figure", files)
     except UserError as error:
         if figure:
             raise
         warn(f"{error}; the figure is not saved")
         return [None]
-    return list(files)
+    return [*files]
 
 
-def require_targets(
-    config: Config, targets: Mapping[str, Sequence[Path | None]], inputs: Sequence[Study] = ()
-) -> None:
-    """Check before the work that the files of each flag can be written and replace nothing foreign.
+def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
+    """Check before the work that the files of a flag can be written and replace nothing foreign.
 
     Raises:
-        UserError: one is an input, cannot be written, or is there and not of this program.
+        UserError: one cannot be written, or is there and not of this program.
     """
-    read = {os.path.realpath(path) for study in inputs for path in study.files}
-    columns = ",".join(OUTPUT_COLUMNS[:5]).encode()
-    for flag, paths in targets.items():
-        wanted = [path for path in paths if path]
-        for path in wanted[:1]:
-            require_writable(path)
-        for path in wanted:
-            if os.path.realpath(path) in read:
-                raise UserError(f"--{flag} {path}: is an input, and would be replaced")
-            if path.exists() and not config.overwrite and not is_ours(path, columns):
-                raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
-                                "another name, or --overwrite")
+    require_writable(paths[0])
+    for path in paths:
+        if path.exists() and not config.overwrite and not is_ours(path):
+            raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
+                            "another name, or --overwrite")
 
 
-def output_row(study: Study) -> Content:
+def output_row(config: Config, study: Study) -> Content:
     """Return what --output says of an input, or of one of its views."""
-    row: Content = dict.fromkeys(OUTPUT_COLUMNS[:11]) | {"path": str(study.path)}
+    row: Content = dict.fromkeys(OUTPUT_COLUMNS) | {
+        "path": str(study.path), "error": study.error or None, "study_uid": study.uid or None,
+        "threshold": study.threshold, "model": " ".join(map(str, config.checkpoint)),
+        "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT)}
     if study.label:
         row |= {"prediction": study.label, "confidence": study.confidence,
                 "probability": study.probability}
+        if config.prevalence:
+            row["probability_at_prevalence"] = study.at_prevalence(config.prevalence)
     if study.label == "abnormal":
         strongest = max(study.readable, key=lambda view: view.probability)
-        sides: Sequence[int | None] = strongest.box or [None] * 4
-        row |= dict(zip(OUTPUT_COLUMNS[5:9], sides, strict=True)) | {"view": strongest.path.name}
-    return row | {"error": study.error or None, "study_uid": study.uid or None}
-
-
-def full_row(config: Config, study: Study) -> Content:
-    """Return the row of an input, with what it was made with and a row for each of its views."""
-    views = [replace(study, path=view.path, views=[view], probability=view.probability,
-                     error=view.error) for view in study.views]
-    row = output_row(study) | {
-        "threshold": study.threshold, "model": " ".join(map(str, config.checkpoint)),
-        "version": f"{PROGRAM} {__version__}", "date": time.strftime(DATE_FORMAT),
-        "views": list(map(output_row, views))}
-    if config.prevalence and study.label:
-        row["probability_at_prevalence"] = study.at_prevalence(config.prevalence)
+        row["view"] = strongest.path.name
+        if strongest.box:
+            row |= zip(("left", "top", "right", "bottom"), strongest.box, strict=True)
     return row
 
 
+def full_row(config: Config, study: Study) -> Content:
+    """Return the row of an input, with the rows of its views."""
+    views = [replace(study, path=view.path, views=[view], probability=view.probability,
+                     error=view.error) for view in study.views]
+    return output_row(config, study) | {"views": [output_row(config, view) for view in views]}
+
+
 def write_output(path: Path | None, rows: Sequence[Content]) -> float:
-    """Write --output, if it is asked for, as its suffix says.
+    """Write --output, if it is asked for and there are rows, as its suffix says.
 
     Returns:
         When to do so again, by `time.monotonic`: all rows are written each time, so the next time
         is after a second, or ten times as long as it took.
     """
     began = time.monotonic()
-    if path:
+    if path and rows:
         is_json = path.suffix == ".json"
         atomic_write(path, json_text(rows) if is_json else csv_text(rows, OUTPUT_COLUMNS))
     ended = time.monotonic()
@@ -4531,51 +4493,42 @@ def print_result(study: Study, prevalence: float | None) -> None:
     notes = f"probability of abnormal {percent(study.probability)}"
     if prevalence:
         notes += f", {percent(study.at_prevalence(prevalence))} at --prevalence"
-    if len(study.views) < 2:
-        log(f"{study.path}: {study.summary} ({notes})")
-        return
-    count = f"{len(study.readable)} of {len(study.views)}" if study.error else len(study.views)
-    log(f"{study.path}: {study.summary} ({notes}, {count} views)")
-    for view in study.readable:
+    several = len(study.views) > 1
+    if several:
+        notes += f", {len(study.readable)} of {len(study.views)} views"
+    log(f"{study.path}: {study.summary} ({notes})")
+    for view in study.readable if several else ():
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
 
 @contextlib.contextmanager
 def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
-    """Yield the archive of --save-cam, if it is asked for."""
+    """Yield the archive of --save-cam, if it is asked for.
+
+    An OSError within is the archive's: that of an input is its result, of another file a UserError.
+    """
     if not path:
         yield None
         return
-    inner = None
     try:
         with (temporary_file(path) as temporary,
               zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
             archive.comment = PROGRAM.encode()
-            try:
-                yield archive
-            except OSError as error:
-                inner = error
-                raise
+            yield archive
     except OSError as error:
-        if error is inner:  # of what was done meanwhile
-            raise
         raise unwritable(path, error) from error
 
 
-def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
+def save_maps(archive: zipfile.ZipFile, study: Study) -> None:
     """Add a result's heatmaps to the .npz archive, by the path of their images.
 
     As numpy.savez_compressed does, which does not take an image of the name "file".
     """
     for view in study.readable:
         name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
-        if name in archive.NameToInfo:  # given twice
-            continue
-        try:
+        if name not in archive.NameToInfo:  # else given twice
             with archive.open(name, "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, view.heatmap)
-        except OSError as error:
-            raise unwritable(path, error) from error
 
 
 def explain_result(
@@ -4623,8 +4576,8 @@ def to_onnx(program: Any, about: Mapping[str, str], images: Tensor) -> tuple[byt
     import onnxruntime
     import onnxscript  # noqa: F401
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    quiet = warnings.catch_warnings(action="ignore")
+    with quiet, contextlib.redirect_stdout(io.StringIO()):
         exported: Any = torch.onnx.export(
             program, input_names=["images"], output_names=["probability"], dynamo=True)
     model = exported.model_proto  # a new one at each call
@@ -4642,7 +4595,7 @@ def export_command(config: Config, signals: StopSignals) -> int:
         UserError: an optional package is missing, or the outputs differ by more than 1e-4.
     """
     target = config.export or Path()
-    require_targets(config, {"export": [target]})
+    require_targets(config, "export", [target])
     (model,) = load_ensemble(config, CPU).models
     side = model.image_size
     about = {
@@ -4722,10 +4675,10 @@ def shared_decode(
 
 def evaluate_command(config: Config, signals: StopSignals) -> int:
     """Evaluate saved models on a split."""
-    require_own_report(config, config.labels.name if config.labels else config.split)
     hardware, distributed = start(config)
-    ensemble = load_ensemble(config, hardware)
     config, scan = scan_data(config, config.split)
+    require_own_report(config, scan)
+    ensemble = load_ensemble(config, hardware)
     evaluate_ensemble(config, ensemble, scan, distributed, signals)
     return EXIT_DONE
 
@@ -4737,7 +4690,6 @@ def train_command(config: Config, signals: StopSignals) -> int:
         content = saved_state(config)
         if content:
             config = resumed_config(config, content)
-        require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
         distributed.require_shared(config.file(".lock"))
         config, scan = scan_data(config, "train")
@@ -4769,17 +4721,16 @@ def saved_state(config: Config) -> Content:
     path = config.file(".last.pth")
     if config.resume and path.exists():
         content = read_checkpoint(path, "state")
-        if not {*LEARNT, *KEPT} <= content["settings"].keys() | content["kept"].keys():
-            raise UserError(f"--resume {path}: written by version {content['version']}; start a "
-                            "new run")
+        if content["version"] != __version__:
+            raise UserError(f"--resume {path}: written by version {content['version']}, this is "
+                            f"{__version__}; start a new run")
         return content
     if config.resume and config.resume != "auto":
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
     if not config.overwrite and is_main_process():
-        files = [config.file(ending) for ending in RUN_FILES]
-        goes_on = "--resume continues that run, " if path.exists() else ""
-        require_new(files, f"{goes_on}--overwrite replaces it, or use another --checkpoint")
+        require_new(map(config.file, RUN_FILES), "--resume continues that run, --overwrite "
+                    "replaces it, or use another --checkpoint")
     return {}
 
 
@@ -4791,7 +4742,7 @@ def make_trainer(
     sides = split_by_patient(scan.records, config.val_split, config.seed)
     for label in {0, 1}.difference(record.label for record in sides[0]):
         raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
-    network, earlier = initial_network(config, resumed=bool(content))
+    network, seen = initial_network(config, resumed=bool(content))
     size = choose_image_size(scan.records, config.image_size)
     tta = config.hflip > 0 if config.tta is None else config.tta
     config = replace(config, image_size=size, model=network.name, tta=tta)
@@ -4805,8 +4756,9 @@ def make_trainer(
             raise UserError(f"{scan.folder}: no image of {name} can be read; replace the bad "
                             "ones, or change --val-split", EXIT_FAILED)
         log(f"{name}: {len(dataset)} images of {len(patients[name])} patients, {size} x {size} px")
-    seen = set(itertools.chain(*earlier.get("patients", {}).values()))
-    warn_about_initial_model(config, earlier, len(seen & set(patients["val"])))
+    if leaked := seen.intersection(patients["val"]):
+        warn(f"--weights {config.weights}: has seen {len(leaked)} patients of val: validation, "
+             "temperature and the choice of the epoch are optimistic (leakage)")
     facts = {
         "bad_images": len(bad_images),
         "patients": patients | {"train": sorted(seen.union(patients["train"]))},
@@ -4824,8 +4776,8 @@ def make_trainer(
     return trainer
 
 
-def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]:
-    """Return a network with the weights of --weights, and the model of this program they are from.
+def initial_network(config: Config, *, resumed: bool) -> tuple[Network, set[str]]:
+    """Return a network with the weights of --weights, and the patients that these have seen.
 
     Raises:
         UserError: the weights are not available, or do not fit.
@@ -4841,7 +4793,7 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
         network = Network(config.model)
         if source != "none":
             load_backbone(network, content, source)
-        return network, {}
+        return network, set()
     try:
         network = Network(content["model"])
         network.load_state_dict(content["state_dict"])
@@ -4852,19 +4804,7 @@ def initial_network(config: Config, *, resumed: bool) -> tuple[Network, Content]
     if "model" in config.given and config.model != network.name:
         raise UserError(f"--weights {source}: is a {network.name}, not a {config.model}; leave "
                         "--model out")
-    return network, content
-
-
-def warn_about_initial_model(config: Config, earlier: Content, seen: int) -> None:
-    """Warn where the model of --weights has `seen` patients of val, or had other preprocessing."""
-    if seen:
-        warn(f"--weights {config.weights}: has seen {seen} patients of val: validation, "
-             "temperature and the choice of the epoch are optimistic (leakage)")
-    for name in ("resize", "normalization") if earlier else ():
-        then, wanted = earlier["settings"][name], getattr(config, name)
-        if then != wanted:
-            warn(f"--weights {config.weights}: was trained with {flag_of(name)} {then}, this run "
-                 f"has {wanted}")
+    return network, {*itertools.chain(*content["patients"].values())}
 
 
 # ===== 11 phantoms and demo =======================================================================
@@ -4877,7 +4817,6 @@ PHANTOM_BONES = {
     # The first row are the shafts: they come in over the upper edge and have the lesions.
     "XR_FOREARM": ((2, 0.105, 0.60), (3, 0.12, 0.92)),
     "XR_HUMERUS": ((1, 0.165, 0.62), (2, 0.13, 3.0)),
-    "XR_WRIST": ((2, 0.13, 0.28), (3, 0.12, 0.60), (3, 0.08, 3.0)),
 }
 
 
@@ -5040,23 +4979,19 @@ def write_phantoms(
 ) -> Path:
     """Write phantoms, `size` pixels high, in MURA's layout; returns the new folder MURA-v1.1.
 
-    It holds so many studies of each body part in train/ and valid/, half of them abnormal, MURA's
-    four lists, and PHANTOM_LIST, which says where lesions are (see read_lesion_boxes).
+    It holds so many studies of each body part in train/ and valid/, half of them abnormal, and
+    PHANTOM_LIST, which says where lesions are (see read_lesion_boxes).
     """
     root = folder / "MURA-v1.1"
     root.mkdir(parents=True, exist_ok=True)
     (root / PHANTOM_LIST).touch()  # first of all: a demo that was stopped may run again
     lesions = ["path,kind,left,top,right,bottom"]
+    write = partial(_write_phantom, folder=folder, size=size, seed=seed)
     for split, first_patient, count in (("train", 1, train), ("valid", 11185, valid)):  # as in MURA
-        images: dict[str, str] = {}
         for order, part in enumerate(parts):  # some patients come with two body parts, as in MURA
             patient = first_patient + order * count // 2
-            images |= _plan_images(f"{root.name}/{split}/{part}", patient, count)
-        write = partial(_write_phantom, folder=folder, size=size, seed=seed)
-        lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
-        labels = [f"{path.rpartition('/')[0]}/,{int(kind != '')}" for path, kind in images.items()]
-        (root / f"{split}_image_paths.csv").write_text("\n".join(images))
-        (root / f"{split}_labeled_studies.csv").write_text("\n".join(dict.fromkeys(labels)))
+            images = _plan_images(f"{root.name}/{split}/{part}", patient, count)
+            lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
     (root / PHANTOM_LIST).write_text("\n".join(lesions))
     return root
 
@@ -5074,7 +5009,6 @@ def read_lesion_boxes(root: Path) -> dict[Path, Box]:
 # ---- demo ----
 
 DEMO_STUDIES = (136, 36)  # of train and valid, of each body part
-DEMO_PARTS = ("XR_FOREARM", "XR_HUMERUS")
 
 
 def pointing_game(
@@ -5107,11 +5041,11 @@ def demo_command(config: Config, signals: StopSignals) -> int:
     if there.exists() and not (there / PHANTOM_LIST).exists():
         raise UserError(f"--demo {folder}: {there} holds no phantoms; give another folder")
     figure = config.figure or folder / "demo_heatmap.png"
-    require_targets(config, {"figure": [figure]})
+    require_targets(config, "figure", [figure])
     if not config.overwrite:
-        require_new([config.file(ending) for ending in RUN_FILES], "--overwrite replaces it")
+        require_new(map(config.file, RUN_FILES), "--overwrite replaces it")
     log(f"demo: drawing phantom radiographs in {folder}")
-    root = write_phantoms(folder, *DEMO_STUDIES, DEMO_PARTS, config.seed)
+    root = write_phantoms(folder, *DEMO_STUDIES, seed=config.seed)
     config = replace(config, data_dir=root)
     train_command(config, signals)
     boxes = read_lesion_boxes(root)
@@ -5196,9 +5130,10 @@ def how_to_go_on(config: Config) -> str:
     words = list(config.command)
     if not config.resume:
         words = [word for word in words if word != "--overwrite"] + ["--resume"]
+    command = command_line(words)
     if is_distributed():
-        return f"; the state is in {state}; to go on: the same torchrun command with --resume"
-    return f"; the state is in {state}; to go on: {command_line(words)}"
+        command = "the same torchrun command with --resume"
+    return f"; the state is in {state}; to go on: {command}"
 
 
 def describe_error(error: Exception, config: Config) -> str:
@@ -5206,11 +5141,8 @@ def describe_error(error: Exception, config: Config) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        if config.mode in "TD":
-            return f"out of memory: use --grad-accum-steps {2 * config.grad_accum_steps}"
-        smaller = config.batch_size // 2
-        remedy = f"--batch-size {smaller}" if smaller else "--device cpu"
-        return f"out of memory: use {remedy}"
+        smaller = "a larger --grad-accum-steps" if config.mode in "TD" else "a smaller --batch-size"
+        return f"out of memory: use {smaller}, or --device cpu"
     reason = str(error).strip().partition("\n")[0] or "no message"
     hint = "" if config.debug else " (--debug shows where)"
     return f"{type(error).__name__}: {reason}{hint}"

@@ -290,7 +290,7 @@ def score_loop(bench: Bench) -> Measured:
 
 def first_pass(bench: Bench) -> Measured:
     """First pass: decode and cache, 512 to 320 px | PIL decode and resize, one thread | 0.9 x cores."""
-    root = mura.write_phantoms(bench.folder / "512", 60, 2, ("XR_WRIST",), 1, 512)
+    root = mura.write_phantoms(bench.folder / "512", 60, 2, ("XR_FOREARM",), 1, 512)
     scan = mura.scan_split(root, "train")
     records = scan.records * 3  # enough that what is done once a cache file does not count
     scan = replace(scan, records=records)
@@ -373,7 +373,7 @@ def predict(bench: Bench) -> Measured:
             "tta": True,
             "threshold_source": "default",
             "bad_images": 0,
-            "body_parts": ["XR_WRIST"],
+            "body_parts": ["XR_FOREARM"],
             "patients": {"train": [], "val": []},
             "normalization": asdict(IMAGENET),
             "state_dict": mura.Network("densenet169").state_dict(),

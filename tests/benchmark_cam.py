@@ -2,7 +2,7 @@
 
     python tests/benchmark_cam.py CHECKPOINT DATA [--methods fine gradcam] [--limit N] [--only ...]
 
-pointing   peak in the lesion's box and share of the heat in it (phantoms.csv beside the lists), or,
+pointing   peak in the lesion's box and share of the heat in it (phantoms.csv beside train/), or,
            without boxes, in the band of rows 40 to 65 % (knees: the joint); of images called abnormal
 deletion   fall of the logit when the hottest 5 % of pixels are blurred away, less that of gradcam on
            the same images, with a 95 % interval over images

@@ -494,12 +494,14 @@ def test_the_report_of_other_data_is_not_replaced(
 
 
 def test_the_report_of_a_model_that_is_named_otherwise_is_its_own(
-    evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    evaluate: Ask, pair: list[Path], phantoms: Path, capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a relative path, or by a link; another folder's model of that name is another one."""
     monkeypatch.setattr(mura, "load_ensemble", stop)
     Path("link.pth").symlink_to(pair[0])
-    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])], "data": "1"}
+    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])],
+           "data": os.path.realpath(phantoms / "valid")}
     Path("e.report.json").write_text(json.dumps(own))
     for name in (os.path.relpath(pair[0]), "link.pth"):
         assert evaluate(models=[Path(name)]) == mura.EXIT_USAGE
@@ -860,7 +862,7 @@ def test_data_that_cannot_be_trained_or_tested_on_is_refused_before_the_work(
     assert not (tmp_path / "m.pth").exists()
 
 
-def test_weights_of_another_model_bring_their_architecture_and_a_warning(
+def test_weights_of_another_model_bring_their_architecture(
     phantoms: Path, pair: list[Path], tmp_path: Path, capsys: Captured
 ) -> None:
     asked = ["--data-dir", phantoms, "--checkpoint", tmp_path / "m.pth", *TINY[2:],
@@ -868,9 +870,6 @@ def test_weights_of_another_model_bring_their_architecture_and_a_warning(
     assert run_inside(*asked, "--model", "densenet169") == mura.EXIT_USAGE
     assert "is a resnet50, not a densenet169" in capsys.readouterr().err.splitlines()[-1]
     assert run_inside(*asked, "--resize", "letterbox") == 0
-    err = capsys.readouterr().err
-    assert f"--weights {pair[0]}: was trained with --resize stretch, this run has letterbox" in err
-    assert "--normalization image" not in err  # which is the same
     found = torch.load(tmp_path / "m.pth", weights_only=True)
     assert (found["model"], found["resize"], found["image_size"]) == ("resnet50", "letterbox", 64)
 
@@ -1003,7 +1002,7 @@ def test_a_dicom_report_beside_the_images_is_left_out(
     assert "1 of the files are no images, left out, such as report.dcm" in line
 
 
-def test_linked_folders_are_searched_once_and_closed_ones_reported(
+def test_linked_folders_are_searched_once_and_closed_ones_named(
     ask: Ask, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     plant(tmp_path, image, "top/x.png", "elsewhere/study1/image1.png", "top/closed/y.png")
@@ -1018,11 +1017,11 @@ def test_linked_folders_are_searched_once_and_closed_ones_reported(
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert ask(tmp_path / "top", "--output", "r.csv") == mura.EXIT_SOME_FAILED
-    rows = {row["path"].removeprefix(f"{tmp_path}/"): row for row in read_rows(Path("r.csv"))}
-    assert set(rows) == {"top/x.png", "top/ward/link/study1", "top/closed"}
-    assert "Permission denied" in rows["top/closed"]["error"]
-    assert f"{tmp_path / 'top' / 'closed'}: " in capsys.readouterr().err
+    assert ask(tmp_path / "top", "--output", "r.csv") == 0
+    paths = {row["path"].removeprefix(f"{tmp_path}/") for row in read_rows(Path("r.csv"))}
+    assert paths == {"top/x.png", "top/ward/link/study1"}
+    assert (f"{tmp_path / 'top' / 'closed'}: skipped, it cannot be read (Permission denied)"
+            in capsys.readouterr().err)
 
 
 def new_dicom(kind: str) -> pydicom.Dataset:
@@ -1095,18 +1094,16 @@ def test_a_damaged_view_is_told_and_not_left_out(
     folder = plant(tmp_path, image, "study1/a.png") / "study1"
     whole = write_dicom(tmp_path / "whole", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
     damaged = {"b.png": b"", "c.png": b"no image", "d.dcm": whole.read_bytes()[:200]}
-    shutil.copy(whole, folder / "f.dcm")
     for name, content in damaged.items():
         (folder / name).write_bytes(content)
     (folder / "e.png").symlink_to("nowhere.png")
     assert ask(folder, "--output", "r.json") == mura.EXIT_SOME_FAILED
     (row,) = read_json("r.json")
     assert row["prediction"] and [Path(view["path"]).name for view in row["views"]] == [
-        "a.png", "b.png", "c.png", "d.dcm", "e.png", "f.dcm"]
-    assert row["study_uid"] == "1.2.3"
+        "a.png", "b.png", "c.png", "d.dcm", "e.png"]
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
-    assert "2 of 6 views" in capsys.readouterr().out
-    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
+    assert "1 of 5 views" in capsys.readouterr().out
+    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 5
 
 
 def test_a_study_folder_of_two_examinations_is_two_studies(
@@ -1124,11 +1121,12 @@ def test_a_study_folder_of_two_examinations_is_two_studies(
     assert [[Path(view["path"]).name for view in row["views"]] for row in rows] == [
         ["a", "c"], ["b"], ["d.png"]]
     model = mura.load(pair[0], device="cpu")
-    with pytest.raises(mura.UserError, match="study1: holds files of several studies"):
+    with pytest.raises(mura.UserError, match="study1: holds 3 images or studies"):
         model.predict(folder)
-    (folder / "b").unlink()
+    for name in ("b", "d.png"):
+        (folder / name).unlink()
     found = model.predict(folder)
-    assert (found.uid, len(found.views)) == ("1.2.3.1", 3)
+    assert (found.uid, len(found.views)) == ("1.2.3.1", 2)
 
 
 # ---- what --predict answers ----
@@ -1199,7 +1197,7 @@ def test_a_study_has_a_row_for_each_view_and_the_box_of_its_most_abnormal_one(
     assert row["view"] == Path(strongest["path"]).name
     assert [row[side] for side in SIDES] == [strongest[side] for side in SIDES]
     out = capsys.readouterr().out
-    assert f", {len(files)} views)" in out
+    assert f", {len(files)} of {len(files)} views)" in out
     for path, probability in zip(files, probabilities, strict=True):
         assert f"    {path.name}: probability of abnormal {mura.percent(probability)}" in out
     maps = np.load("m.npz")
@@ -1646,22 +1644,6 @@ def test_a_foreign_file_in_the_folder_of_figures_is_not_replaced(
     assert str(foreign) in error_line(capsys.readouterr()) and foreign.read_bytes() == before
 
 
-def test_an_input_is_never_replaced(ask: Ask, image: Path, capsys: Captured) -> None:
-    """By whatever name, and with --overwrite too."""
-    plant(Path(), image, "scan.png", "scan.csv", "sub/study1/a.npz", "sub/study1/b.png")
-    Path("link.png").symlink_to("scan.png")
-    before = image.read_bytes()
-    for arguments in (["scan.png", "--figure", "./scan.png"], ["scan.png", "--figure", "link.png"],
-                      ["link.png", "--figure", "scan.png"], ["scan.csv", "--output", "scan.csv"],
-                      ["sub", "--save-cam", "sub/study1/a.npz"]):
-        capsys.readouterr()
-        assert ask(*arguments, "--overwrite") == mura.EXIT_USAGE
-        line = error_line(capsys.readouterr())
-        assert f"{arguments[1]} {Path(arguments[2])}: is an input" in line
-    for name in ("scan.png", "scan.csv", "sub/study1/a.npz"):
-        assert Path(name).read_bytes() == before
-
-
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     ask: Ask, evaluate: Ask, image: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1881,7 +1863,7 @@ def test_a_signal_is_heard_while_images_are_read(
     before = Path("read").stat().st_size
     assert child.end(signal.SIGTERM) == 143
     assert Path("read").stat().st_size <= before + 5
-    assert read_rows(Path("r.csv")) == []
+    assert not Path("r.csv").exists()
 
 
 def test_a_signal_is_heard_even_where_python_drops_its_exception(
