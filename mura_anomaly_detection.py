@@ -422,6 +422,7 @@ import os
 import secrets
 import shlex
 import shutil
+import sqlite3
 import tempfile
 import time
 import traceback
@@ -772,25 +773,18 @@ def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
 
 @contextlib.contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with the process; UserError where another process has it."""
+    """Hold a lock that dies with the process; UserError where another process has it.
+
+    It is the lock of SQLite on an empty file, for that is one call on every system.
+    """
     require_writable(path)
-    if path.exists() and path.stat().st_size:  # ours is empty
-        raise UserError(f"{path}: is in the way, and not of this program; use another --checkpoint")
-    with path.open("ab") as file:
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as lock:
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileExistsError  # removed by its holder and made anew since it was opened
-        except OSError as error:
-            raise UserError(f"{path}: another run with this --checkpoint is under way; wait for "
-                            "its end or use another --checkpoint", EXIT_FAILED) from error
+            lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # no second file
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: another run with this --checkpoint is under way, or it is "
+                            "not of this program; wait for its end or use another --checkpoint",
+                            EXIT_FAILED) from error
         try:
             yield
         finally:
