@@ -417,7 +417,6 @@ import hashlib
 import io
 import json
 import logging
-import mmap
 import os
 import secrets
 import shlex
@@ -764,11 +763,8 @@ def require_new(paths: Iterable[Path], remedy: str) -> None:
 
 def is_ours(path: Path, header: bytes = PROGRAM.encode()) -> bool:
     """Return whether a file begins with `header`, or carries this program's name."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    pattern = rb"%b|\A%b" % (PROGRAM.encode(), header)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return re.search(pattern, content) is not None
+    content = path.read_bytes() if path.is_file() else b""
+    return content.startswith(header) or PROGRAM.encode() in content
 
 
 @contextlib.contextmanager
