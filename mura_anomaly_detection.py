@@ -672,11 +672,15 @@ class Distributed:
                             "in a folder that they share", EXIT_FAILED)
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error that names a file that cannot be written, and the remedy."""
-    reason = error.strerror or error
-    return UserError(f"{path}: cannot be written ({reason}); free space or choose another place",
-                     EXIT_FAILED)
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it an OSError becomes the UserError of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place",
+                        EXIT_FAILED) from error
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -691,34 +695,34 @@ def sweep_temporaries(folder: Path) -> None:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path in the same folder, whose file becomes `path` when it is whole and on the disk.
 
-    A link's target is replaced, not the link; the mode of an earlier file stays. May raise OSError.
+    A link's target is replaced, not the link; the mode of an earlier file stays. Errors of what the
+    caller does with the file are the caller's.
     """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(path.parent)
-    temporary = path.with_name(TEMPORARY.format(secrets.token_hex(6)))
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(target.parent)
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(6)))
     try:
         yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
+            if os.name == "posix":  # the name, too, has to reach the disk
+                folder = os.open(target.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; UserError where there is no space or no permission."""
-    try:
-        with temporary_file(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with temporary_file(path) as temporary, writing(path):
+        temporary.write_bytes(content)
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
@@ -744,14 +748,12 @@ def json_text(content: object) -> bytes:
 
 def require_writable(path: Path) -> None:
     """Check before long work that `atomic_write` will be able to write a file; errors as there."""
-    try:
+    with writing(path):
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         if path.is_dir():
             raise IsADirectoryError(None, "a folder")
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def require_new(paths: Iterable[Path], remedy: str) -> None:
@@ -1692,19 +1694,17 @@ def _write_part(
 ) -> None:
     """Write decoded images into the cache of a body part, and put them into `images`."""
     path, is_new = images[0].path, not any(image.checksum for image in images)
-    try:
-        with temporary_file(path) if is_new else contextlib.nullcontext(path) as target:
-            if is_new:
-                np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
-            with target.open("r+b") as file:
-                for image, square in decoded:
-                    # from the end: the length of the header of .npy does not matter
-                    file.seek((image.row - len(images)) * square.size, os.SEEK_END)
-                    file.write(square.tobytes())
-                    images[image.row] = image
-                    bar.update()
-    except OSError as error:
-        raise unwritable(path, error) from error
+    whole = temporary_file(path) if is_new else contextlib.nullcontext(path)
+    with whole as target, writing(path):
+        if is_new:
+            np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
+        with target.open("r+b") as file:
+            for image, square in decoded:
+                # from the end: the length of the header of .npy does not matter
+                file.seek((image.row - len(images)) * square.size, os.SEEK_END)
+                file.write(square.tobytes())
+                images[image.row] = image
+                bar.update()
     rows = [(image.signature, image.checksum, image.error) for image in images]
     atomic_write(path.with_suffix(".json"), json_text(rows))  # last: now the rows count
 
@@ -4595,20 +4595,15 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
-    inner = None
-    try:
-        with (temporary_file(path) as temporary,
-              zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
-            archive.comment = PROGRAM.encode()
-            try:
-                yield archive
-            except OSError as error:
-                inner = error
-                raise
-    except OSError as error:
-        if error is inner:  # of what was done meanwhile
-            raise
-        raise unwritable(path, error) from error
+    with temporary_file(path) as temporary:
+        with writing(path):
+            archive = zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED)
+        archive.comment = PROGRAM.encode()
+        try:
+            yield archive
+        finally:
+            with writing(path):
+                archive.close()
 
 
 def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
@@ -4620,11 +4615,8 @@ def save_maps(archive: zipfile.ZipFile, study: Study, path: Path) -> None:
         name = str(view.path).encode(errors="backslashreplace").decode() + ".npy"  # any bytes
         if name in archive.NameToInfo:  # given twice
             continue
-        try:
-            with archive.open(name, "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, view.heatmap)
-        except OSError as error:
-            raise unwritable(path, error) from error
+        with writing(path), archive.open(name, "w", force_zip64=True) as entry:
+            np.lib.format.write_array(entry, view.heatmap)
 
 
 def explain_result(
