@@ -741,6 +741,11 @@ def _csv_cell(value: Any) -> Any:
     return None if value != value else value
 
 
+def digest(content: str | bytes) -> str:
+    """Return 16 digits of the SHA-256 of bytes or a text; file names in it may hold any bytes."""
+    return hashlib.sha256(os.fsencode(content)).hexdigest()[:16]
+
+
 def json_text(content: object) -> bytes:
     """Return indented JSON; NaN is refused rather than written."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
@@ -791,17 +796,11 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def write_checkpoint(path: Path, content: Content) -> str:
-    """Write what torch.save can hold; returns the file's SHA-256."""
+    """Write what torch.save can hold; returns the file's digest."""
     buffer = io.BytesIO()
     torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
     atomic_write(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest(buffer.getvalue())
 
 
 def read_checkpoint(path: Path, kind: str) -> Content:
@@ -811,10 +810,10 @@ def read_checkpoint(path: Path, kind: str) -> Content:
         UserError: it is something else, or as of `read_weights`.
     """
     flag, ending = ("--checkpoint", ".pth") if kind == "model" else ("--resume", ".last.pth")
-    content = read_weights(path, f"{flag} wants the {ending} file that training wrote")
+    remedy = f"{flag} wants the {ending} file that training wrote"
+    content = read_weights(path, remedy)
     if content.get("format") != PROGRAM or content.get("kind") != kind:
-        wanted = "a model (STEM.pth)" if kind == "model" else "a saved state (STEM.last.pth)"
-        raise UserError(f"{path}: is not {wanted} of this program")
+        raise UserError(f"{path}: is another kind of file; {remedy}")
     return content
 
 
@@ -826,24 +825,21 @@ def read_weights(path: Path, remedy: str) -> Content:
     """
     try:
         if not path.is_file():  # before opening: a FIFO or a device would be read for ever
-            raise FileNotFoundError(None, "not a file" if path.exists() else "no such file")
+            raise FileNotFoundError(None, "no such file, or it is not a file")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             check_archive(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return {**torch.load(file, map_location="cpu", weights_only=True)}
     except ImportError as error:
         raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
     except Exception as error:  # of many kinds, none documented; torch's text advises to run code
-        raise UserError(f"{path}: is damaged, no file of weights, or holds other things than "
-                        f"tensors and plain values; {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name; {remedy}")
-    return content
+        raise UserError(f"{path}: is damaged, no file of weights by name, or holds other things "
+                        f"than tensors and plain values; {remedy}") from error
 
 
 def check_archive(file: IO[bytes]) -> None:
@@ -1535,12 +1531,6 @@ def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
     return lines
 
 
-def _digest(content: str | bytes) -> str:
-    """Return 16 digits of the SHA-256 of pixels or a text; file names in it may hold any bytes."""
-    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def split_by_patient(
     records: Sequence[ImageRecord], fraction: float, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
@@ -1557,7 +1547,7 @@ def split_by_patient(
     abnormal = {record.patient for record in records if record.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: _digest(f"{seed}/{name}"))
+        names = sorted(kind, key=lambda name: digest(f"{seed}/{name}"))
         count = max(1, round(fraction * len(names)))
         val.update(names[:-1][:count])  # the last one stays in train
     if not val:
@@ -1633,7 +1623,7 @@ def open_cache(
     opened = []
     for part in sorted({record.body_part for record in scan.records}):
         records = [record for record in scan.records if record.body_part == part]
-        key = _digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
+        key = digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
         name = re.sub(r"[^\w-]", "_", f"{part}-{size}-{resize}-{key}")
         path = folder / f"{name}.npy"
         try:
@@ -1653,7 +1643,7 @@ def open_cache(
 def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
     """Return what the cache knows of an image, or nothing if its file or its copy has changed."""
     if image.signature == _signature(image.record.path):
-        if square is None or image.checksum == _digest(square.tobytes()):
+        if square is None or image.checksum == digest(square.tobytes()):
             return image
         warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
     return CachedImage(image.record, image.path, image.row)
@@ -1720,7 +1710,7 @@ def _decode_image(image: CachedImage, size: int, resize: str) -> tuple[CachedIma
         from_system = getattr(problem.__cause__, "errno", None)  # decoders' own errors have none
         if "pip install" in error or from_system:
             signature = ""  # it may become readable without a change
-    checksum = _digest(square.tobytes())
+    checksum = digest(square.tobytes())
     return image._replace(signature=signature, checksum=checksum, error=error), square
 
 
@@ -1732,7 +1722,7 @@ def cache_folder(config: Config, root: Path) -> Path:
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = home / PROGRAM / _digest(str(root.resolve()))
+    folder = home / PROGRAM / digest(str(root.resolve()))
     warn(f"{root}: is read-only; the cache is in {folder} (--cache-dir chooses)")
     return folder
 
@@ -1820,7 +1810,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         """Return a digest of names, labels and pixels, which tells this set from any other."""
         lines = [f"{image.record.name},{image.record.label},{image.checksum}\n"
                  for image in self.images]
-        return _digest("".join(lines))
+        return digest("".join(lines))
 
 
 def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
@@ -3108,7 +3098,7 @@ class TrainState:
 
     history: list[Row] = field(default_factory=list)  # of the epochs finished, validation included
     best_epoch: int = 0
-    model_digest: str = ""  # SHA-256 of STEM.pth
+    model_digest: str = ""  # of STEM.pth
     batch: int = 0  # batches finished in the current epoch
     loss: float = 0.0  # sums over the current epoch's images
     correct: float = 0.0
@@ -3431,7 +3421,7 @@ class Trainer:
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
-        if not path.exists() or file_digest(path) == self.state.model_digest:
+        if not path.exists() or digest(path.read_bytes()) == self.state.model_digest:
             return path.exists()
         found = read_checkpoint(path, "model")
         return bool(found["settings"] == self.settings and found["epoch"] > self.state.epoch)

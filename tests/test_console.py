@@ -369,7 +369,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     content = {"kind": "model", "state_dict": weights, "threshold": 0.3, "tasks": ["XR_HAND"]}
     path = tmp_path_factory.mktemp("whole") / "m.pth"
     digest = mura.write_checkpoint(path, content)
-    assert digest == mura.file_digest(path)
+    assert digest == mura.digest(path.read_bytes())
     return content, path.read_bytes()
 
 
@@ -477,11 +477,10 @@ def test_what_torch_warns_of_stays_away_from_the_terminal(
 
 
 def test_a_model_is_no_state_and_a_state_no_model(tmp_path: Path) -> None:
-    for kind, other, said in (("model", "state", "is not a saved state (STEM.last.pth)"),
-                              ("state", "model", "is not a model (STEM.pth)")):
+    for kind, other in (("model", "state"), ("state", "model")):
         mura.write_checkpoint(tmp_path / "f.pth", {"kind": kind})
         assert mura.read_checkpoint(tmp_path / "f.pth", kind)["kind"] == kind
-        assert said in refusal(tmp_path / "f.pth", other)
+        assert "is another kind of file" in refusal(tmp_path / "f.pth", other)
 
 
 @pytest.mark.parametrize(("kind", "remedy"), {
