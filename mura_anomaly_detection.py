@@ -521,29 +521,23 @@ def warn(text: str, *, failed: bool = False) -> None:
         tqdm.write(f"{PROGRAM}{rank}: {printable(text)}", file=sys.stderr)
 
 
-class Progress:
+class Progress(tqdm):  # type: ignore[type-arg]  # it takes none when it runs
     """A progress bar on a terminal and in a notebook; elsewhere a line a minute on stderr."""
 
     def __init__(self, total: int, title: str, units: str = "images", done: int = 0) -> None:
         interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
         self.title, self.done, self.of_total = title, done, f"/{total} {units}"
         self.line_due = time.monotonic() + 60
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr,
-                        leave=False, dynamic_ncols=True,
-                        disable=not (interactive and is_main_process()))
+        super().__init__(
+            total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr, leave=False,
+            dynamic_ncols=True, disable=not (interactive and is_main_process()))
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, count: int = 1, note: str = "") -> None:
+    def advance(self, count: int = 1, note: str = "") -> None:
         """Count more done; `note` is shown behind the bar or on the line."""
         self.done += count
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(count)
-        if self.bar.disable and time.monotonic() > self.line_due:
+        self.set_postfix_str(note, refresh=False)
+        self.update(count)
+        if self.disable and time.monotonic() > self.line_due:
             self.line_due = time.monotonic() + 60
             warn(f"{self.title}: {self.done}{self.of_total}{', ' * bool(note)}{note}")
 
@@ -1672,7 +1666,7 @@ def decode_scan(
     with Progress(len(scan.records), f"decode {scan.split}") as bar:
         for images in parts:
             todo = [image for image in images if not image.checksum]
-            bar.update(len(images) - len(todo))
+            bar.advance(len(images) - len(todo))
             if todo:
                 _write_part(images, size, map_ahead(decode, todo, workers, 8 * workers), bar)
     return list(itertools.chain(*parts))
@@ -1694,7 +1688,7 @@ def _write_part(
                 file.seek((image.row - len(images)) * square.size, os.SEEK_END)
                 file.write(square.tobytes())
                 images[image.row] = image
-                bar.update()
+                bar.advance()
     rows = [(image.signature, image.checksum, image.error) for image in images]
     atomic_write(path.with_suffix(".json"), json_text(rows))  # last: now the rows count
 
@@ -3183,7 +3177,7 @@ class Trainer:
             for batch, pixels in zip(left, images, strict=True):
                 stopping = self.train_step(batch, pixels)
                 state.seconds = time.perf_counter() - began
-                bar.update(note=self.progress_note())
+                bar.advance(note=self.progress_note())
                 self.pause(stopping)
 
     def train_step(self, batch: Array, pixels: Tensor) -> bool:
@@ -3289,7 +3283,7 @@ class Trainer:
         count = min(self.config.precise_bn, len(self.train_set))
         with Progress(count + len(self.val_set), "validation") as bar:
             def update(done: int) -> None:
-                bar.update(done)
+                bar.advance(done)
                 self.pause(alone and bool(self.signals.signum))  # else in the next epoch, together
 
             if count:
@@ -3963,7 +3957,7 @@ def evaluate_ensemble(
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
-            bar.update(count)
+            bar.advance(count)
             signals.check()
 
         logits = ensemble.predict_dataset(data, config.eval_batch_size, distributed, update)
@@ -4451,7 +4445,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
                     save_maps(archive, study, config.save_cam)
                 if study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
-                bar.update()
+                bar.advance()
                 signals.check()
                 if time.monotonic() > output_due:
                     output_due = write_output(config.output, rows)

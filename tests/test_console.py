@@ -767,7 +767,7 @@ def test_progress_is_a_line_a_minute_off_a_terminal(monkeypatch: pytest.MonkeyPa
     with mura.Progress(200, "epoch 1/5", done=10) as bar:
         for _ in range(13):
             clock[0] += 11
-            bar.update(5, "loss 0.693")
+            bar.advance(5, "loss 0.693")
     lines = err.getvalue().splitlines()
     assert lines == ["mura_anomaly_detection: epoch 1/5: 40/200 images, loss 0.693",
                      "mura_anomaly_detection: epoch 1/5: 70/200 images, loss 0.693"]
@@ -780,10 +780,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_stay_above_it(
     monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "stdout", out)
     with mura.Progress(20, "epoch 1/5", "file") as bar:
-        bar.update(10, "loss 0.693")
+        bar.advance(10, "loss 0.693")
         mura.log("a result")
         time.sleep(0.15)  # tqdm draws at most ten times a second
-        bar.update(5, "loss 0.5")
+        bar.advance(5, "loss 0.5")
     assert all(text in err.getvalue() for text in ("epoch 1/5", "15/20", "loss 0.5"))
     assert out.getvalue().endswith("a result\n")
 
@@ -805,7 +805,7 @@ def test_only_the_first_process_draws_a_bar(
     err = Terminal()
     monkeypatch.setattr(sys, "stderr", err)
     with mura.Progress(20, "epoch 1/5") as bar:
-        bar.update(10)
+        bar.advance(10)
     assert bool(err.getvalue()) == drawn
 
 
