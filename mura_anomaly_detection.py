@@ -1392,12 +1392,10 @@ def _choose_body_parts(present: Iterable[str], tasks: Sequence[str]) -> list[str
         UserError: a task that is not present; the message lists those that are.
     """
     names = {part: part.upper().removeprefix("XR_") for part in sorted(present)}
-    known = sorted(set(names.values()))
-    wanted = [task.upper().removeprefix("XR_") for task in tasks] or known
-    for task in wanted:
-        if task not in known:
-            there = ", ".join(known) or "none"
-            raise UserError(f"--tasks {task}: no such body part; present are {there}")
+    wanted = {task.upper().removeprefix("XR_") for task in tasks} or {*names.values()}
+    if unknown := wanted.difference(names.values()):
+        there = ", ".join(dict.fromkeys(names.values())) or "none"
+        raise UserError(f"--tasks {min(unknown)}: no such body part; present are {there}")
     return [part for part, name in names.items() if name in wanted]
 
 
@@ -1406,9 +1404,7 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
 
     A study's label is that in SPLIT_labeled_studies.csv, else its folder's name (_positive,
     _negative). Where SPLIT_image_paths.csv lists any, by any suffix, only the listed images count.
-
-    Raises:
-        UserError: no image, an unknown body part, a list that is not MURA's.
+    UserError where there is no image or no such body part, or a list is not MURA's.
     """
     top = root / split
     image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
@@ -1418,7 +1414,9 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     parts = _choose_body_parts(present, tasks)
     missing = {name for name in listed if name.partition("/")[0] in parts}
     records, counts = list[ImageRecord](), Counter[str]()
-    for part, patient, study in _walk_studies(top, parts):
+    studies = [(part, patient, study) for part in parts for patient in subfolders(top / part)
+               for study in subfolders(f"{top}/{part}/{patient}")]
+    for part, patient, study in studies:
         key = f"{part}/{patient}/{study}"
         named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
         label = labels.get(key, named)
@@ -1441,13 +1439,6 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
         raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
     is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
     return Scan(split, top, tuple(records), tuple(notes), is_mura)
-
-
-def _walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for part in parts:
-        for patient in subfolders(folder / part):
-            for study in subfolders(f"{folder}/{part}/{patient}"):
-                yield part, patient, study
 
 
 def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
@@ -1733,10 +1724,10 @@ def report_bad_images(
     for name in list(errors)[:10]:
         warn(f"{scan.folder / name}: {errors[name]}")
     text = f"{len(errors)} of {len(images)} images below {scan.folder} cannot be read (see above)"
-    too_many = on_bad_image is None and len(errors) > BAD_FRACTION * len(images)
-    if errors and (on_bad_image == "stop" or too_many or len(errors) == len(images)):
-        skip = ", or add --on-bad-image skip" if too_many else ""
-        raise UserError(f"{text}; replace or remove them{skip}", EXIT_FAILED)
+    allowed = {"skip": 1, "stop": 0}.get(on_bad_image or "", BAD_FRACTION) * len(images)
+    if len(errors) > allowed or len(errors) == len(images):
+        raise UserError(f"{text}; replace or remove them (--on-bad-image skip allows some)",
+                        EXIT_FAILED)
     if errors:
         warn(f"{text}; they are skipped")
     return errors
@@ -1762,7 +1753,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         self.images = [readable[name] for name in names if name in readable]
         self.records = tuple(image.record for image in self.images)
         self.labels = np.array([record.label for record in self.records], np.int64)
-        self.transform, self.arrays = transform, dict[Path, Array]()
+        self.transform = transform
 
     @classmethod
     def from_folder(
@@ -1790,15 +1781,11 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         image = self.batch(np.array([index]))[0]
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
-    def __getstate__(self) -> Content:
-        return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
-
     def batch(self, indices: Array) -> Tensor:
         """Return images, (B, 1, S, S) uint8."""
         chosen = [self.images[i] for i in indices.tolist()]
-        for path in {image.path for image in chosen} - self.arrays.keys():
-            self.arrays[path] = np.load(path, mmap_mode="r")
-        return torch.from_numpy(np.stack([self.arrays[i.path][i.row] for i in chosen]))[:, None]
+        rows = {path: np.load(path, mmap_mode="r") for path in {image.path for image in chosen}}
+        return torch.from_numpy(np.stack([rows[i.path][i.row] for i in chosen]))[:, None]
 
     def fingerprint(self) -> str:
         """Return a digest of names, labels and pixels, which tells this set from any other."""
