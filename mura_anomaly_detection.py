@@ -154,7 +154,7 @@ class Config:
     data_dir: Path | None = option(
         "TE", None, path_to("DIR"), "folder with train/ and valid/, or a parent of it; with "
         "--labels, root of relative paths")
-    checkpoint: tuple[Path, ...] = option(
+    checkpoint: Sequence[Path] = option(
         "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file: training "
         "writes it, the other modes read it; several are an ensemble")
     cache_dir: Path | None = option(
@@ -166,7 +166,7 @@ class Config:
     overwrite: bool = option("TEPXD", False, SWITCH, "replace files that are there")
     save_every: float = option(
         "TD", 10.0, number(0.0), "minutes between saved states within an epoch")
-    tasks: tuple[str, ...] = option(
+    tasks: Sequence[str] = option(
         "TE", (), SEVERAL | {"metavar": "PART"}, "body parts to use, with or without XR_ (default: "
         "all)")
     labels: Path | None = option(
@@ -247,7 +247,7 @@ class Config:
     prevalence: float | None = option(
         "TEPD", None, INSIDE, "fraction of abnormal cases where the model is used: adds PPV, NPV "
         "and probabilities for it")
-    predict: tuple[Path, ...] = option(
+    predict: Sequence[Path] = option(
         "P", (), path_to("PATH") | SEVERAL, "classify and explain images, study folders and "
         "folders")
     output: Path | None = option(
@@ -355,9 +355,7 @@ def parse_options(arguments: Sequence[str]) -> Config:
     values = dict(PAPER_RECIPE) if given.get("recipe") == "paper" else {}
     if "demo" in given:
         values = DEMO_DEFAULTS | {"checkpoint": (given["demo"] / "demo.pth",)}
-    several = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    values |= given | several
-    config = Config(**values, given=frozenset(given), command=tuple(arguments))
+    config = Config(**(values | given), given=frozenset(given), command=tuple(arguments))
     if problem := usage_problem(config):
         parser.error(problem)
     return config
