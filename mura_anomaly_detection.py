@@ -645,9 +645,8 @@ class Distributed:
     def gather(self, mine: Sequence[Any]) -> list[Any]:
         """Return all processes' items: the i-th of rank r becomes item i * world_size + r."""
         lists = [list(mine)] * self.world_size
-        if self.world_size == 1:
-            return lists[0]
-        dist.all_gather_object(lists, lists[0])
+        if self.world_size > 1:
+            dist.all_gather_object(lists, lists[0])
         rounds = itertools.zip_longest(*lists)
         return [item for items in rounds for item in items if item is not None]
 
@@ -1737,18 +1736,14 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     Pixels are read from the memory-mapped cache. It can be pickled to a worker process.
 
     Args:
-        images: what `decode_scan` returned; unreadable ones are left out.
-        records: the images to use, default all.
+        images: what `decode_scan` returned, or some of it; unreadable ones are left out.
         transform: applied to each image, if given.
     """
 
     def __init__(
-        self, images: Iterable[CachedImage], records: Iterable[ImageRecord] | None = None,
-        transform: Callable[[Tensor], Any] | None = None,
+        self, images: Iterable[CachedImage], transform: Callable[[Tensor], Any] | None = None
     ) -> None:
-        readable = {image.record.name: image for image in images if not image.error}
-        names = readable if records is None else [record.name for record in records]
-        self.images = [readable[name] for name in names if name in readable]
+        self.images = [image for image in images if not image.error]
         self.records = tuple(image.record for image in self.images)
         self.labels = np.array([record.label for record in self.records], np.int64)
         self.transform = transform
@@ -1770,7 +1765,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
             warn(note)
         images = decode_scan(scan, size, resize, cache_folder(Config(), root), 0)
         report_bad_images(scan, images, "skip")
-        return cls(images, transform=transform)
+        return cls(images, transform)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -4806,7 +4801,8 @@ def make_trainer(
     config = replace(config, image_size=size, model=network.name, tta=tta)
     caches = shared_decode(config, scan, (size, config.resize), distributed)
     bad_images = report_bad_images(scan, caches, config.on_bad_image)
-    train, val = (MuraDataset(caches, records) for records in sides)
+    train, val = (MuraDataset(image for image in caches if image.record in side)
+                  for side in map(set, sides))
     patients = {}
     for name, dataset in (("train", train), ("val", val)):
         patients[name] = sorted({record.patient for record in dataset.records})
