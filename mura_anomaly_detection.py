@@ -39,6 +39,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -84,6 +85,9 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     A flag of training is one of LEARNT, unless it is a path or stands in KEPT or FREE.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
+
+
+training = partial(option, "TD")  # the demo trains, too
 
 
 def path_to(metavar: str) -> Content:
@@ -164,69 +168,66 @@ class Config:
         "T", None, {"nargs": "?", "const": True, "choices": ("auto",), "metavar": "auto"},
         "continue from STEM.last.pth, with its settings; `auto` starts a new run without it")
     overwrite: bool = option("TEPXD", False, SWITCH, "replace files that are there")
-    save_every: float = option(
-        "TD", 10.0, number(0.0), "minutes between saved states within an epoch")
+    save_every: float = training(10.0, number(0.0), "minutes between saved states within an epoch")
     tasks: Sequence[str] = option(
         "TE", (), SEVERAL | {"metavar": "PART"}, "body parts to use, with or without XR_ (default: "
         "all)")
     labels: Path | None = option(
         "TE", None, path_to("FILE.csv"), "a table instead of MURA's folders: path,label and "
         "optionally patient,study,body_part,view")
-    val_split: float = option(
-        "TD", 0.2, INSIDE, "fraction of the patients of train/ kept for validation")
-    image_size: int | None = option(
-        "TD", None, number(64, 2048), "side of the network's square input, pixels (default: the "
-        "paper's 320, or the longest side of the images where that is less)")
-    resize: str = option(
-        "TD", "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch "
-        "(paper), or letterbox, which keeps the aspect ratio")
-    normalization: str = option(
-        "TD", "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), "
-        "image (of each image) or MEAN,STD")
+    val_split: float = training(
+        0.2, INSIDE, "fraction of the patients of train/ kept for validation")
+    image_size: int | None = training(
+        None, number(64, 2048), "side of the network's square input, pixels (default: the paper's "
+        "320, or the longest side of the images where that is less)")
+    resize: str = training(
+        "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch (paper), or "
+        "letterbox, which keeps the aspect ratio")
+    normalization: str = training(
+        "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), image "
+        "(of each image) or MEAN,STD")
     on_bad_image: str | None = option(
         "TE", None, one_of("skip stop"), "what to do after listing unreadable images (default: "
         "skip, but stop if more than 1 %% are)")
     drop_duplicates: bool = option(
         "TE", False, SWITCH, "leave test images out that are also in training, or have "
         "contradicting labels (default: only report them)")
-    model: str = option(
-        "TD", "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file "
-        "of this program brings its own")
+    model: str = training(
+        "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file of "
+        "this program brings its own")
     recipe: str = option(
         "T", "default", one_of("default paper"), "values of flags that are not given: as shown "
         "here, or as in the MURA paper")
-    weights: str = option(
-        "TD", "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none "
-        "(random) or a file: a model of this program, of torchvision or of timm")
-    epochs: int = option("TD", 5, COUNT, "passes over the training images")
+    weights: str = training(
+        "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none (random) "
+        "or a file: a model of this program, of torchvision or of timm")
+    epochs: int = training(5, COUNT, "passes over the training images")
     batch_size: int = option(
         "TEPD", 8, COUNT, "images per optimiser step, over all processes (paper: 8); four times as "
         "many without gradients")
-    grad_accum_steps: int = option(
-        "TD", 1, COUNT, "micro-batches that a batch is computed in, to save memory")
-    lr: float = option("TD", 3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
-    lr_schedule: str = option(
-        "TD", "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of "
-        "power 2) or plateau (paper: a tenth when the val loss does not fall)")
-    warmup: float = option("TD", 0.1, UNIT, "fraction of all steps in which poly rises to --lr")
-    weight_decay: float = option("TD", 0.01, RATE, "decoupled weight decay (paper: 0)")
-    hflip: float = option("TD", 0.5, UNIT, "probability of a horizontal flip")
-    rotation: float = option(
-        "TD", 10.0, number(0.0, 180.0), "largest rotation to either side, degrees (paper: 30)")
-    brightness: float = option(
-        "TD", 0.1, UNIT, "largest shift of brightness, fraction of full scale")
-    contrast: float = option("TD", 0.2, UNIT, "largest relative change of contrast")
-    mixup: float = option(
-        "TD", 0.0, RATE, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and "
-        "more")
-    precise_bn: int = option(
-        "TD", 256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from "
-        "before each validation (arXiv 2105.07576); 0 is off (paper)")
-    select: str = option(
-        "TD", "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the "
-        "epoch: accuracy, loss per image; auroc, kappa per study")
-    patience: int = option(
-        "TD", 0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
+    grad_accum_steps: int = training(
+        1, COUNT, "micro-batches that a batch is computed in, to save memory")
+    lr: float = training(3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
+    lr_schedule: str = training(
+        "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of power 2) "
+        "or plateau (paper: a tenth when the val loss does not fall)")
+    warmup: float = training(0.1, UNIT, "fraction of all steps in which poly rises to --lr")
+    weight_decay: float = training(0.01, RATE, "decoupled weight decay (paper: 0)")
+    hflip: float = training(0.5, UNIT, "probability of a horizontal flip")
+    rotation: float = training(
+        10.0, number(0.0, 180.0), "largest rotation to either side, degrees (paper: 30)")
+    brightness: float = training(0.1, UNIT, "largest shift of brightness, fraction of full scale")
+    contrast: float = training(0.2, UNIT, "largest relative change of contrast")
+    mixup: float = training(
+        0.0, RATE, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and more")
+    precise_bn: int = training(
+        256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from before "
+        "each validation (arXiv 2105.07576); 0 is off (paper)")
+    select: str = training(
+        "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the epoch: "
+        "accuracy, loss per image; auroc, kappa per study")
+    patience: int = training(
+        0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
     precision: str = option(
         "TEPD", "auto", one_of("auto bf16 fp16 tf32 fp32"), "auto: bf16 or fp16 where the hardware "
         "gains from it, else fp32")
@@ -274,7 +275,7 @@ class Config:
         "TEPD", "auto",
         matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
         "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
-    compile: bool = option("TD", False, SWITCH, "compile the network with torch.compile")
+    compile: bool = training(False, SWITCH, "compile the network with torch.compile")
     workers: int = option("TEPD", 0, COUNT_OR_OFF, "threads that decode images; 0 is one per core")
     debug: bool = option("TEPXD", False, SWITCH, "show tracebacks")
     given: frozenset[str] = frozenset()  # names of the flags on the command line
@@ -429,7 +430,6 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache, partial
 from statistics import NormalDist
 
 import numpy as np
