@@ -1600,9 +1600,8 @@ class CachedImage(NamedTuple):
 
 def open_cache(
     scan: Scan, size: int, resize: str, folder: Path, *, verify: bool
-) -> list[list[CachedImage]]:
-    """Return the images of a split, those of a body part together, as the cache has them."""
-    opened = []
+) -> Iterator[list[CachedImage]]:
+    """Yield the images of a split, those of a body part together, as the cache has them."""
     for part in sorted({record.body_part for record in scan.records}):
         records = [record for record in scan.records if record.body_part == part]
         key = digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
@@ -1618,8 +1617,7 @@ def open_cache(
             if not isinstance(error, FileNotFoundError):
                 warn(f"{path}: it or its .json is damaged, so its images are decoded again")
             images = [CachedImage(record, path, i) for i, record in enumerate(records)]
-        opened.append(images)
-    return opened
+        yield images
 
 
 def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
@@ -1650,14 +1648,15 @@ def decode_scan(
     sweep_temporaries(folder)
     workers = workers or core_count()
     decode = partial(_decode_image, size=size, resize=resize)
-    parts = open_cache(scan, size, resize, folder, verify=True)
+    scanned: list[CachedImage] = []
     with Progress(len(scan.records), f"decode {scan.split}") as bar:
-        for images in parts:
+        for images in open_cache(scan, size, resize, folder, verify=True):
             todo = [image for image in images if not image.checksum]
             bar.advance(len(images) - len(todo))
             if todo:
                 _write_part(images, size, map_ahead(decode, todo, workers, 8 * workers), bar)
-    return list(itertools.chain(*parts))
+            scanned += images
+    return scanned
 
 
 def _write_part(
