@@ -1473,13 +1473,14 @@ def _table_record(row: Mapping[str, str], folder: Path) -> ImageRecord:
     return ImageRecord(str(folder / name), name, part, patient, key, label)
 
 
-def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
+def count_table(scan: Scan) -> list[str]:
     """Return lines with the images, studies and patients of each body part (and abnormal ones)."""
-    lines = [f"{name:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}  (abnormal)"]
-    parts = sorted({record.body_part for record in records})
+    lines = [f"{scan.split:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}"
+             "  (abnormal)"]
+    parts = sorted({record.body_part for record in scan.records})
     for part in [*parts, "all"] if len(parts) > 1 else parts:
         lines.append(f"{'':<8}{part:<14}")
-        chosen = [record for record in records if part in (record.body_part, "all")]
+        chosen = [record for record in scan.records if part in (record.body_part, "all")]
         for unit in ("path", "study", "patient"):
             every = {getattr(record, unit) for record in chosen}
             abnormal = {getattr(record, unit) for record in chosen if record.label}
@@ -1516,8 +1517,11 @@ def split_by_patient(
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
 ) -> Iterator[Any]:
-    """Yield function(item) in order, computed in threads at most `ahead` in advance."""
-    pool = ThreadPoolExecutor(workers)
+    """Yield function(item) in order, computed in threads at most `ahead` in advance.
+
+    Zero `workers` are a thread for each core.
+    """
+    pool = ThreadPoolExecutor(workers or core_count())
     try:
         futures = (pool.submit(function, item) for item in items)
         waiting = deque(itertools.islice(futures, ahead))
@@ -1620,7 +1624,6 @@ def decode_scan(
         UserError: the cache folder is full or cannot be written.
     """
     sweep_temporaries(folder)
-    workers = workers or core_count()
     decode = partial(_decode_image, size=size, resize=resize)
     scanned: list[CachedImage] = []
     with Progress(len(scan.records), f"decode {scan.split}") as bar:
@@ -1628,7 +1631,7 @@ def decode_scan(
             todo = [image for image in images if not image.checksum]
             bar.advance(len(images) - len(todo))
             if todo:
-                _write_part(images, size, map_ahead(decode, todo, workers, 8 * workers), bar)
+                _write_part(images, size, map_ahead(decode, todo, workers, ahead=64), bar)
             scanned += images
     return scanned
 
@@ -1669,11 +1672,9 @@ def _decode_image(image: CachedImage, size: int, resize: str) -> tuple[CachedIma
     return image._replace(signature=signature, checksum=checksum, error=error), square
 
 
-def cache_folder(config: Config, root: Path) -> Path:
-    """Return where the cache lives: --cache-dir, else beside the data, else in the user's cache."""
+def cache_folder(root: Path) -> Path:
+    """Return where the cache lives without --cache-dir: beside the data, or in the user's cache."""
     beside = root / ".mura_cache"
-    if config.cache_dir:
-        return config.cache_dir
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -1736,7 +1737,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         scan = scan_split(root, split, [tasks] if isinstance(tasks, str) else tasks)
         for note in scan.notes:
             warn(note)
-        images = decode_scan(scan, size, resize, cache_folder(Config(), root), 0)
+        images = decode_scan(scan, size, resize, cache_folder(root), 0)
         report_bad_images(scan, images, "skip")
         return cls(images, transform)
 
@@ -1760,13 +1761,11 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         return digest("".join(lines))
 
 
-def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
-    """Return the input side, pixels: as asked, else 320 or, where smaller, the longest side found.
+def choose_image_size(records: Sequence[ImageRecord]) -> int:
+    """Return the default input side, pixels: 320 or, where smaller, the longest side found.
 
     The headers of up to 200 images, evenly spread, are read; the side is rounded up to 32.
     """
-    if asked:
-        return asked
     headers = [read_header(Path(record.path)) for record in records[:: len(records) // 200 + 1]]
     longest = max((max(found.width, found.height) for found in headers if found), default=320)
     return min(320, max(64, -(-longest // 32) * 32))
@@ -4284,7 +4283,7 @@ class Predictor:
 
     def studies(self, studies: Sequence[Study]) -> Iterator[Study]:
         """Yield each input with its answer, in order; images are decoded ahead."""
-        size, workers = self.config.eval_batch_size, self.config.workers or core_count()
+        size, workers = self.config.eval_batch_size, self.config.workers
         paths = (path for study in studies for path in study.files)
         views = self.classify(map_ahead(self.read, paths, workers, size))
         for study in studies:
@@ -4678,9 +4677,9 @@ def scan_data(config: Config, split: str) -> tuple[Config, Scan]:
     else:
         root = find_data_root(config.data_dir or Path())
         scan = scan_split(root, split, config.tasks)
-    for line in count_table(scan.split, scan.records):
+    for line in count_table(scan):
         log(line)
-    return replace(config, data_dir=root, cache_dir=cache_folder(config, root)), scan
+    return replace(config, data_dir=root, cache_dir=config.cache_dir or cache_folder(root)), scan
 
 
 def shared_decode(
@@ -4767,7 +4766,7 @@ def make_trainer(
     sides = split_by_patient(scan.records, config.val_split, config.seed)
     class_weights(sides[0])  # both classes must be there: checked before the long work
     network, earlier = initial_network(config, resumed=bool(content))
-    size = choose_image_size(scan.records, config.image_size)
+    size = config.image_size or choose_image_size(scan.records)
     tta = config.hflip > 0 if config.tta is None else config.tta
     config = replace(config, image_size=size, model=network.name, tta=tta)
     caches = shared_decode(config, scan, (size, config.resize), distributed)
@@ -5029,7 +5028,7 @@ def write_phantoms(
             patient = first_patient + order * count // 2
             images |= _plan_images(f"{root.name}/{split}/{part}", patient, count)
         write = partial(_write_phantom, folder=folder, size=size, seed=seed)
-        lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
+        lesions += filter(None, map_ahead(write, images.items(), workers=0, ahead=64))
         labels = [f"{path.rpartition('/')[0]}/,{int(kind != '')}" for path, kind in images.items()]
         (root / f"{split}_image_paths.csv").write_text("\n".join(images))
         (root / f"{split}_labeled_studies.csv").write_text("\n".join(dict.fromkeys(labels)))
