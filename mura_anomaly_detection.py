@@ -1579,32 +1579,31 @@ class CachedImage(NamedTuple):
 def open_cache(
     scan: Scan, size: int, resize: str, folder: Path, *, verify: bool
 ) -> Iterator[list[CachedImage]]:
-    """Yield the images of a split, those of a body part together, as the cache has them."""
+    """Yield the images of a split, those of a body part together, as the cache has them.
+
+    It has nothing of an image whose file has changed or, to `verify`, whose copy is damaged.
+    """
     for part in sorted({record.body_part for record in scan.records}):
         records = [record for record in scan.records if record.body_part == part]
         key = digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
         name = re.sub(r"[^\w-]", "_", f"{part}-{size}-{resize}-{key}")
         path = folder / f"{name}.npy"
+        unknown, images = [CachedImage(record, path, i) for i, record in enumerate(records)], []
         try:
             rows = json.loads(path.with_suffix(".json").read_bytes())
             squares = np.asarray(np.load(path, mmap_mode="r")).reshape(-1, size, size)
-            known = enumerate(zip(records, rows, squares, strict=True))
-            images = [_checked(CachedImage(record, path, i, *row), square if verify else None)
-                      for i, (record, row, square) in known]
+            for image, row, square in zip(unknown, rows, squares, strict=True):
+                known = CachedImage(*image[:3], *row)
+                usable = known.signature == _signature(image.record.path)
+                if usable and verify and known.checksum != digest(square.tobytes()):
+                    usable = False
+                    warn(f"{path}: damaged at {image.record.name}, which is decoded again")
+                images.append(known if usable else image)
         except Exception as error:  # of damaged files, many kinds
             if not isinstance(error, FileNotFoundError):
                 warn(f"{path}: it or its .json is damaged, so its images are decoded again")
-            images = [CachedImage(record, path, i) for i, record in enumerate(records)]
+            images = unknown
         yield images
-
-
-def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
-    """Return what the cache knows of an image, or nothing if its file or its copy has changed."""
-    if image.signature == _signature(image.record.path):
-        if square is None or image.checksum == digest(square.tobytes()):
-            return image
-        warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
-    return CachedImage(image.record, image.path, image.row)
 
 
 def _signature(path: str) -> str:
