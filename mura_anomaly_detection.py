@@ -523,21 +523,17 @@ class Progress(tqdm):  # type: ignore[type-arg]  # it takes none when it runs
     """A progress bar on a terminal and in a notebook; elsewhere a line a minute on stderr."""
 
     def __init__(self, total: int, title: str, units: str = "images", done: int = 0) -> None:
-        interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
-        self.title, self.done, self.of_total = title, done, f"/{total} {units}"
-        self.line_due = time.monotonic() + 60
+        self.is_drawn = "ipykernel" in sys.modules or sys.stderr.isatty()
+        file, seconds = (sys.stderr, 0.1) if self.is_drawn else (io.StringIO(), 60)
         super().__init__(
-            total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr, leave=False,
-            dynamic_ncols=True, disable=not (interactive and is_main_process()))
+            total=total, initial=done, desc=title, unit=f" {units}", file=file, mininterval=seconds,
+            miniters=1, leave=False, dynamic_ncols=True, disable=not is_main_process())
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count more done; `note` is shown behind the bar or on the line."""
-        self.done += count
         self.set_postfix_str(note, refresh=False)
-        self.update(count)
-        if self.disable and time.monotonic() > self.line_due:
-            self.line_due = time.monotonic() + 60
-            warn(f"{self.title}: {self.done}{self.of_total}{', ' * bool(note)}{note}")
+        if self.update(count) and not self.is_drawn:
+            warn(str(self))
 
 
 class Stopped(BaseException):
