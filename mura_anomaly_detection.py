@@ -1111,11 +1111,9 @@ def _read_dicom(file: IO[bytes], **options: Any) -> Dataset:
 
 def _decode_dicom(data: bytes) -> Radiograph:
     header = _read_dicom(io.BytesIO(data))
-    if "PixelData" not in header:
-        raise BadImage("a DICOM file without an image, or its header is damaged")
-    for keyword in ("Rows", "Columns", "BitsAllocated"):
+    for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated"):
         if not header.get(keyword):
-            raise BadImage(f"a DICOM file whose {keyword} is missing or 0")
+            raise BadImage(f"a DICOM file without an image: {keyword} is missing or 0")
     _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
     notes = _dicom_warnings(header)
     for keyword, value in (*DICOM_DEFAULTS.items(), ("BitsStored", header.BitsAllocated)):
