@@ -899,7 +899,7 @@ class Radiograph:
 
     pixels: Pixels
     body_part: str = ""  # DICOM BodyPartExamined
-    warnings: tuple[str, ...] = ()  # short clauses
+    warning: str = ""  # a short clause
 
 
 def read_header(path: Path) -> ImageHeader | None:
@@ -1115,7 +1115,7 @@ def _decode_dicom(data: bytes) -> Radiograph:
         if not header.get(keyword):
             raise BadImage(f"a DICOM file without an image: {keyword} is missing or 0")
     _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
-    notes = _dicom_warnings(header)
+    warning = _dicom_warning(header)
     for keyword, value in (*DICOM_DEFAULTS.items(), ("BitsStored", header.BitsAllocated)):
         if header.get(keyword) in (None, ""):
             setattr(header, keyword, value)
@@ -1132,7 +1132,7 @@ def _decode_dicom(data: bytes) -> Radiograph:
     if grey.shape != (header.Rows, header.Columns):
         raise BadImage("its pixels are not Rows x Columns")
     part = str(header.get("BodyPartExamined", ""))
-    return Radiograph(grey, part, notes)
+    return Radiograph(grey, part, warning)
 
 
 def _dicom_pixels(header: Dataset) -> Array:
@@ -1225,16 +1225,16 @@ def _look_up(values: Array, table: Dataset) -> Array:
     return np.asarray(np.take(data, places))
 
 
-def _dicom_warnings(header: Dataset) -> tuple[str, ...]:
+def _dicom_warning(header: Dataset) -> str:
     storage = getattr(header.get("SOPClassUID"), "name", "")
     if "FOR PROCESSING" in f"{header.get('PresentationIntentType')}, {storage}".upper():
-        return ("FOR PROCESSING: raw exposure, perhaps a negative",)
+        return "FOR PROCESSING: raw exposure, perhaps a negative"
     if not header.get("PhotometricInterpretation"):
-        return ("PhotometricInterpretation is missing: perhaps a negative",)
+        return "PhotometricInterpretation is missing: perhaps a negative"
     polarity = f"{header.PhotometricInterpretation} {header.get('PresentationLUTShape')}"
     if polarity in ("MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"):
-        return ("PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative",)
-    return ()
+        return "PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative"
+    return ""
 
 
 # ===== 4 data set =================================================================================
@@ -4278,7 +4278,7 @@ class Predictor:
             radiograph = read_radiograph(path)
         except BadImage as error:
             return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
-        models, found = self.ensemble.models, list(radiograph.warnings)
+        models, found = self.ensemble.models, [radiograph.warning] if radiograph.warning else []
         named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
         found += body_part_warnings(models, radiograph.body_part or "".join(named[-1:]))
         inputs = [resize_square(radiograph.pixels, *model.shape) for model in models]
