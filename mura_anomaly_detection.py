@@ -887,7 +887,6 @@ class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised
 class ImageHeader(NamedTuple):
     """What an image file says about itself; width and height in pixels, 0 if not understood."""
 
-    format: str
     width: int = 0
     height: int = 0
     study_uid: str = ""  # DICOM StudyInstanceUID
@@ -918,9 +917,9 @@ def read_header(path: Path) -> ImageHeader | None:
                     if header and "Rows" not in header:  # DICOMDIR, a report, ...
                         return None
                     study = str(header.get("StudyInstanceUID", ""))
-                    return ImageHeader(kind, header.Columns, header.Rows, study)
-                return ImageHeader(kind, *Image.open(file, formats=(kind,)).size)
-    return ImageHeader(kind) if kind else None
+                    return ImageHeader(header.Columns, header.Rows, study)
+                return ImageHeader(*Image.open(file, formats=(kind,)).size)
+    return ImageHeader() if kind else None
 
 
 def _image_format(head: bytes) -> str:
@@ -4214,7 +4213,7 @@ def input_header(path: Path) -> ImageHeader | None:
         if path.is_file():
             with path.open("rb") as file:
                 is_report = _image_format(file.read(HEAD_BYTES)) == "DICOM"
-    return None if is_report else ImageHeader("")
+    return None if is_report else ImageHeader()
 
 
 def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
