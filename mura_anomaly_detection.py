@@ -39,7 +39,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -1284,7 +1284,7 @@ def find_data_root(folder: Path) -> Path:
 
 
 def _list_folder(folder: Path | str, *, folders: bool) -> list[str]:
-    """Return the names of the folders, or of the files, in a folder, in alphabetical order.
+    """Return the names of the folders, or of the files, in a folder, in natural order.
 
     Hidden ones (AppleDouble) are left out; what cannot be read, as a loop of links, is named.
     """
@@ -1300,11 +1300,22 @@ def _list_folder(folder: Path | str, *, folders: bool) -> list[str]:
                 names.append(entry.name)
         except OSError as error:
             warn(f"{entry.path}: skipped ({error.strerror})")
-    return sorted(names)
+    return sorted(names, key=natural_key)
 
 
 subfolders = partial(_list_folder, folders=True)
 file_names = partial(_list_folder, folders=False)
+
+
+@lru_cache(1 << 15)  # MURA has 12,000 patients, and image1.png 15,000 times
+def natural_key(text: str) -> str:
+    """Return a sort key that puts image2 before image10.
+
+    >>> sorted(["image10.png", "image2.png"], key=natural_key)
+    ['image2.png', 'image10.png']
+    """
+    padded = re.sub(r"\d+", lambda found: found[0].zfill(20), text)
+    return f"{padded}\0{text}"  # the text, since 1 and 01 are alike
 
 
 def _read_table(path: Path) -> str:
@@ -4148,7 +4159,7 @@ def percent(probability: float) -> str:
 
 
 def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
-    """Yield files, folders and study folders in the order given, sorted within folders."""
+    """Yield files, folders and study folders in the order given, natural within folders."""
     for path in paths:
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
             yield from search_folder(path) or [Study(path, error="holds no images")]
@@ -4223,7 +4234,7 @@ def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path
         place = os.path.realpath(folder)
         for names in children:
             visible = [name for name in names if name[0] != "." and place not in seen]
-            names[:] = sorted(visible)
+            names[:] = sorted(visible, key=natural_key)
         seen.add(place)
         yield from (Path(folder, name) for name in children[1])
 

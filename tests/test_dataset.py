@@ -258,10 +258,26 @@ def test_an_image_named_as_a_heatmap_is_not_dropped_in_silence(tmp_path: Path) -
     assert len(scan.records) == 2 or any("1 " in note for note in notes(scan))
 
 
-def test_images_of_every_suffix_come_in_order(tmp_path: Path) -> None:
-    files = ["image1.png", "image2.JPG", "image3.jpeg", "image4.TIF", "image5.dcm", "image6.bmp"]
+def test_images_of_every_suffix_come_in_natural_order(tmp_path: Path) -> None:
+    files = ["image1.png", "image2.JPG", "image3.jpeg", "image9.TIF", "image10.dcm", "image11.bmp"]
     plant(tmp_path, [f"train/{STUDY}/{name}" for name in reversed(files)])
     assert names(mura.scan_split(tmp_path, "train")) == [f"{STUDY}/{name}" for name in files]
+
+
+def test_natural_order_is_by_number_then_by_text() -> None:
+    wanted = ["", "1", "01", "2", "10", "a", "a1", "a2b", "a10", "b"]
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    found = sorted(shuffled, key=mura.natural_key)
+    assert [name for name in found if name not in ("1", "01")] == [
+        name for name in wanted if name not in ("1", "01")]
+    assert {found.index("1"), found.index("01")} == {1, 2}
+
+
+def test_natural_order_of_numbers_of_any_length() -> None:
+    numbers = ["9", "10", "99", "100", "1000", "20240131235959", "20240201000000", "9" * 18]
+    wanted = [f"image{number}.png" for number in numbers]
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    assert sorted(shuffled, key=mura.natural_key) == wanted
 
 
 def test_order_does_not_depend_on_the_file_system(

@@ -953,7 +953,7 @@ def collected(*paths: Path, root: Path) -> list[tuple[str, list[str], str]]:
 
 
 def test_study_folders_pool_and_other_folders_do_not(tmp_path: Path, image: Path) -> None:
-    study = [f"p1/study1_positive/image{i}.png" for i in (1, 2)]
+    study = [f"p1/study1_positive/image{i}.png" for i in (2, 10)]
     plain = ["loose/a.jpg", "loose/b.png", "studyroom/x.png", "wards/study2/1.png"]
     plant(tmp_path, image, *study, *plain)
     found = collected(tmp_path, root=tmp_path)
@@ -962,12 +962,12 @@ def test_study_folders_pool_and_other_folders_do_not(tmp_path: Path, image: Path
         ("wards/study2", plain[3:], "")])
 
 
-def test_order_is_as_given_and_alphabetical_within(tmp_path: Path, image: Path) -> None:
-    studies = [f"in/patient{i}/study1/image1.png" for i in (12, 11, 13)]
+def test_order_is_as_given_and_natural_within(tmp_path: Path, image: Path) -> None:
+    studies = [f"in/patient{i}/study1/image1.png" for i in (10, 9, 100)]
     plant(tmp_path, image, *studies, "z.png", "a.png")
     given = [tmp_path / name for name in ("z.png", "in", "a.png", "gone.png", "a.png")]
     assert [path for path, _, _ in collected(*given, root=tmp_path)] == [
-        "z.png", "in/patient11/study1", "in/patient12/study1", "in/patient13/study1", "a.png",
+        "z.png", "in/patient9/study1", "in/patient10/study1", "in/patient100/study1", "a.png",
         "gone.png", "a.png"]
 
 
