@@ -856,6 +856,7 @@ MAX_BYTES = 1 << 29  # holds MAX_PIXELS of 16-bit RGBA
 MAX_PIXELS = 36_000_000  # 60 x 60 cm at 100 um: a gigabyte of memory; judged by the header
 MAX_SIDE = 65_535  # as of JPEG and DICOM: reducing a longer side costs more than all its pixels
 OUTLIERS = 1000  # one pixel of so many may be darker than black, and one brighter than white
+MIN_CONTRAST = 8  # grey levels from the 0.5th to the 99.5th percentile: below, nothing was imaged
 MAX_CHROMA = 16  # mean of max(R, G, B) - min(R, G, B): a small coloured mark stays below
 JPEG_END = b"\xff\xd9"
 NEW_SUBFILE_TYPE = 254  # TIFF 6.0; Pillow names the other tags
@@ -899,6 +900,7 @@ class Radiograph:
     pixels: Pixels
     body_part: str = ""  # DICOM BodyPartExamined
     warning: str = ""  # a short clause
+    chroma: float = 0.0  # mean of max(R, G, B) - min(R, G, B), 0 to 255
 
 
 def read_header(path: Path) -> ImageHeader | None:
@@ -998,10 +1000,10 @@ def _decode_picture(data: bytes, kind: str) -> Radiograph:
     image.load()
     with OPTIONAL:  # a damaged EXIF block does not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    grey = _to_grey(image)
+    grey, chroma = _to_grey(image)
     if is_deep and grey.max() < 64:  # Pillow cuts colour to 8 bits: 12-bit values would be black
         raise BadImage("16-bit values that do not use their range: save it as 16-bit grey")
-    return Radiograph(grey)
+    return Radiograph(grey, chroma=chroma)
 
 
 def _pixel_chunks(data: bytes) -> bytes:
@@ -1057,22 +1059,27 @@ def _check_tiff(image: _TiffFile) -> bool:
     return several
 
 
-def _to_grey(image: Image.Image) -> Pixels:
+def _to_grey(image: Image.Image) -> tuple[Pixels, float]:
+    """Return grey and the mean chroma."""
     tags = getattr(image, "tag_v2", {})
     if image.mode[0] in "IF":  # I;16, I;16B, I, F
         values = np.array(image)
         values[values == image.info.get("transparency", np.nan)] = 0
         grey = _scale(values, *_robust_range(values))
         is_negative = tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0  # white is zero
-        return ~grey if is_negative else grey
+        return ~grey if is_negative else grey, 0.0
+    if image.mode == "L" and not image.has_transparency_data:
+        return np.array(image), 0.0
     if max(tags.get(Tiff.COLORMAP, (256,))) < 256:  # TIFF 6.0 has palettes of 0 to 65535
         image.putpalette(bytes(tags[Tiff.COLORMAP]), "RGB;L")
+    colour = image.convert("RGB")
     if image.has_transparency_data:  # lies on black
         *colours, alpha = image.convert("RGBA").convert("RGBa").split()
         if not alpha.getbbox():
             raise BadImage("wholly transparent")
-        image = Image.merge("RGB", colours)
-    return np.array(image.convert("L"))
+        colour = Image.merge("RGB", colours)
+    chroma = np.ptp(np.asarray(colour)[::16, ::16], axis=2).mean()
+    return np.array(colour.convert("L")), chroma
 
 
 def _robust_range(values: Array) -> Array:
@@ -1122,16 +1129,17 @@ def _decode_dicom(data: bytes) -> Radiograph:
     if not 0 < bits <= header.BitsAllocated:
         raise BadImage(f"a DICOM file with {bits} bits stored of {header.BitsAllocated}")
     header.BitsStored = max(bits, (header.get("HighBit") or 0) + 1)  # pydicom clears what is above
-    stored = _dicom_pixels(header)
-    is_rgb = stored.ndim == 3
-    is_colour = is_rgb and np.ptp(stored[::16, ::16], axis=2).mean() > MAX_CHROMA
-    if is_colour or header.PhotometricInterpretation == "PALETTE COLOR":
+    stored, chroma = _dicom_pixels(header), 0.0
+    if stored.ndim == 3:
+        grey, chroma = _to_grey(Image.fromarray(stored))
+    else:
+        grey = _dicom_grey(header, stored, bits)
+    if chroma > MAX_CHROMA or header.PhotometricInterpretation == "PALETTE COLOR":
         raise BadImage("colour DICOM: a radiograph is grey")
-    grey = _to_grey(Image.fromarray(stored)) if is_rgb else _dicom_grey(header, stored, bits)
     if grey.shape != (header.Rows, header.Columns):
         raise BadImage("its pixels are not Rows x Columns")
     part = str(header.get("BodyPartExamined", ""))
-    return Radiograph(grey, part, warning)
+    return Radiograph(grey, part, warning, chroma)
 
 
 def _dicom_pixels(header: Dataset) -> Array:
@@ -1234,6 +1242,24 @@ def _dicom_warning(header: Dataset) -> str:
     if polarity in ("MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"):
         return "PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative"
     return ""
+
+
+def unlike_radiograph(radiograph: Radiograph) -> str | None:
+    """Return in a few words why an image is hardly a radiograph, or None.
+
+    A drawing or screenshot is mostly flat and its steps are hard; noise and soft tissue keep
+    radiographs from that, however wide their black borders.
+    """
+    dark, bright = np.percentile(radiograph.pixels, (0.5, 99.5))
+    if bright - dark < MIN_CONTRAST:
+        return "blank"
+    if radiograph.chroma > MAX_CHROMA:
+        return "strongly coloured"
+    steps = np.abs(np.diff(radiograph.pixels.astype(np.int16), axis=1))
+    changing = (steps > 0).sum()
+    if changing < steps.size / 2 and (steps > 32).sum() > changing / 4:
+        return "screenshot-like: flat areas and hard edges"
+    return None
 
 
 # ===== 4 data set =================================================================================
@@ -4289,6 +4315,8 @@ class Predictor:
         except BadImage as error:
             return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
         models, found = self.ensemble.models, [radiograph.warning] if radiograph.warning else []
+        if doubt := unlike_radiograph(radiograph):
+            found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
         named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
         found += body_part_warnings(models, radiograph.body_part or "".join(named[-1:]))
         inputs = [resize_square(radiograph.pixels, *model.shape) for model in models]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageDraw, ImageFile
 
 import mura_anomaly_detection as mura
 
@@ -780,7 +780,8 @@ def test_each_file_is_read_and_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
     colour = Image.merge("RGB", [shaded(), shaded().rotate(180), shaded()])
     for kind, image in itertools.product(("PNG", "JPEG", "BMP", "TIFF"), (shaded(), colour)):
-        radiograph(tmp_path, pillow(image, kind), "image")
+        got = radiograph(tmp_path, pillow(image, kind), "image")
+        mura.unlike_radiograph(got)
         assert (len(reads), len(decodes)) == (1, 1), kind
         reads.clear()
         decodes.clear()
@@ -912,6 +913,94 @@ def test_dicom_streams_that_claim_another_size_are_refused(tmp_path):
         assert "megapixels" in reason_of(tmp_path, data, "a.dcm")
     smaller = embedded(VALUES.astype(np.uint8), pillow(shaded(4, 4), "JPEG"), JPEG_BASELINE)
     reason_of(tmp_path, smaller, "a.dcm")
+
+
+# ---- what is no radiograph ----
+
+
+def warning_for(folder: Path, pixels: Array) -> str | None:
+    return mura.unlike_radiograph(radiograph(folder, pillow(Image.fromarray(pixels), "PNG")))
+
+
+def soft_tissue(size: int = 200) -> npt.NDArray[np.uint8]:
+    """Smooth shades with the noise of a detector."""
+    y, x = np.mgrid[:size, :size] / size
+    shade = 60 + 90 * np.exp(-((x - 0.5) ** 2) / 0.02) + 30 * y
+    return (
+        (shade + np.random.default_rng(0).normal(0, 3, shade.shape)).clip(0, 255).astype(np.uint8)
+    )
+
+
+def screenshot(width: int = 300, height: int = 200) -> npt.NDArray[np.uint8]:
+    screen = Image.new("L", (width, height), 245)
+    draw = ImageDraw.Draw(screen)
+    draw.rectangle((0, 0, width, 24), fill=60)
+    for row in range(8):
+        draw.text((10, 40 + 18 * row), "Patient list - search - next - settings", fill=0)
+    return np.asarray(screen)
+
+
+def test_drawings_photographs_and_blanks_are_named(tmp_path):
+    assert "screenshot" in (warning_for(tmp_path, screenshot()) or "")
+    tall = np.vstack([screenshot()] * 11)
+    assert "screenshot" in (warning_for(tmp_path, tall) or "")
+    assert warning_for(tmp_path, np.full((50, 60), 128, np.uint8)) == "blank"
+    assert warning_for(tmp_path, np.zeros((1, 1), np.uint8)) == "blank"
+    tissue = soft_tissue()
+    assert warning_for(tmp_path, tissue // 30) == "blank"
+    assert warning_for(tmp_path, tissue // 12) is None
+    assert "coloured" in (
+        warning_for(tmp_path, np.dstack([tissue, tissue // 2, tissue // 3])) or ""
+    )
+
+
+@pytest.mark.parametrize("ground", [0, 128])
+def test_a_lead_letter_on_an_empty_plate_is_no_anatomy(tmp_path, ground):
+    """One pixel in 280 is white."""
+    plate = np.full((200, 200), ground, np.uint8)
+    plate[20:32, 170:182] = 255
+    assert warning_for(tmp_path, plate) == "blank"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 2500)])
+def test_images_of_one_line_are_judged_without_a_warning_on_stderr(tmp_path, capfd, shape):
+    warning_for(tmp_path, noise(*shape).astype(np.uint8))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_grey_images_pass_even_with_borders_and_small_coloured_marks(tmp_path):
+    tissue = soft_tissue()
+    assert warning_for(tmp_path, tissue) is None
+    for border in (0, 255):
+        framed = np.full((200, 200), border, np.uint8)
+        framed[60:150, 80:140] = tissue[60:150, 80:140]
+        assert warning_for(tmp_path, framed) is None
+    marked = np.dstack([tissue] * 3)
+    marked[5:15, 5:25] = 255, 255, 0
+    assert warning_for(tmp_path, marked) is None
+    unseen = np.dstack([tissue] * 3 + [np.full_like(tissue, 255)])
+    unseen[:100] = 255, 0, 0, 0  # red, but transparent
+    assert warning_for(tmp_path, unseen) is None
+
+
+def test_chroma_is_the_mean_spread_of_the_channels(tmp_path):
+    tissue = soft_tissue()
+    assert radiograph(tmp_path, pillow(Image.fromarray(tissue), "PNG")).chroma == 0
+    rgb = np.dstack([tissue, tissue // 2, tissue // 2])
+    got = radiograph(tmp_path, pillow(Image.fromarray(rgb), "PNG")).chroma
+    assert got == pytest.approx((tissue - tissue // 2).mean(), rel=0.05)
+
+
+@pytest.mark.skipif(not KNEES.is_dir(), reason="the real radiographs are not part of the project")
+def test_no_real_radiograph_is_flagged_whole_or_collimated():
+    paths = sorted(KNEES.rglob("*.png"))[::10]
+    for path in paths:
+        pixels = mura.read_radiograph(path).pixels
+        assert mura.unlike_radiograph(mura.Radiograph(pixels)) is None, path
+        collimated = np.zeros_like(pixels)
+        collimated[80:150, 90:140] = pixels[80:150, 90:140]
+        assert mura.unlike_radiograph(mura.Radiograph(collimated)) is None, path
+    assert len(paths) > 50
 
 
 # ---- DICOM ----
@@ -1379,7 +1468,7 @@ def test_colour_dicom_is_grey_if_its_channels_are(tmp_path):
     assert "cut short: 140 of 160 bytes" in reason_of(tmp_path, short, "a.dcm")
     marked = np.dstack([np.kron(grey, np.ones((16, 16), np.uint8))] * 3)
     marked[:20, :20] = 255, 255, 0
-    radiograph(tmp_path, dicom(marked, "RGB"), "a.dcm")  # a small coloured mark is let be
+    assert 0 < radiograph(tmp_path, dicom(marked, "RGB"), "a.dcm").chroma < 16
     photo = np.dstack([grey, grey // 3, grey // 5])
     assert "colour DICOM" in reason_of(tmp_path, dicom(photo, "RGB"), "a.dcm")
     assert "colour DICOM" in reason_of(tmp_path, dicom(grey, "PALETTE COLOR"), "a.dcm")
@@ -1551,6 +1640,7 @@ def test_a_real_tibia_shows_bone_bright_on_dark():
     air, bone = row[470:560], row[780:940]
     assert air.max() < 60
     assert np.percentile(bone, 90) > 140
+    assert mura.unlike_radiograph(got) is None
 
 
 def test_jpeg_2000_decodes_like_the_uncompressed_file():
@@ -1704,6 +1794,7 @@ def outcome(path: Path) -> bool:
     assert got.pixels.ndim == 2
     assert got.pixels.dtype == np.uint8
     assert got.pixels.size
+    mura.unlike_radiograph(got)
     return True
 
 

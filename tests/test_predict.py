@@ -1324,10 +1324,13 @@ def test_what_the_decoder_doubts_is_told_with_the_answer(
     assert read_json("r.json")[0]["prediction"]
 
 
-def test_a_coloured_picture_is_predicted(ask: Ask, image: Path) -> None:
+def test_a_coloured_picture_is_predicted_and_warned_about(
+    ask: Ask, image: Path, capsys: Captured
+) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (80, 80, 3)) * (1, 0.2, 0.1)
     Image.fromarray(colours.astype(np.uint8)).save("holiday.png")
     assert ask("holiday.png", image, "--output", "r.csv") == mura.EXIT_DONE
+    assert "holiday.png: does not look like a radiograph" in error_line(capsys.readouterr())
     assert all(row["prediction"] and not row["error"] for row in read_rows(Path("r.csv")))
 
 
