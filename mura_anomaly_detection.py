@@ -39,6 +39,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -84,6 +85,9 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
     A flag of training is one of LEARNT, unless it is a path or stands in KEPT or FREE.
     """
     return field(default=default, metadata={"modes": modes, "kind": kind, "help": text})
+
+
+training = partial(option, "TD")  # the demo trains, too
 
 
 def path_to(metavar: str) -> Content:
@@ -154,7 +158,7 @@ class Config:
     data_dir: Path | None = option(
         "TE", None, path_to("DIR"), "folder with train/ and valid/, or a parent of it; with "
         "--labels, root of relative paths")
-    checkpoint: tuple[Path, ...] = option(
+    checkpoint: Sequence[Path] = option(
         "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file: training "
         "writes it, the other modes read it; several are an ensemble")
     cache_dir: Path | None = option(
@@ -164,69 +168,66 @@ class Config:
         "T", None, {"nargs": "?", "const": True, "choices": ("auto",), "metavar": "auto"},
         "continue from STEM.last.pth, with its settings; `auto` starts a new run without it")
     overwrite: bool = option("TEPXD", False, SWITCH, "replace files that are there")
-    save_every: float = option(
-        "TD", 10.0, number(0.0), "minutes between saved states within an epoch")
-    tasks: tuple[str, ...] = option(
+    save_every: float = training(10.0, number(0.0), "minutes between saved states within an epoch")
+    tasks: Sequence[str] = option(
         "TE", (), SEVERAL | {"metavar": "PART"}, "body parts to use, with or without XR_ (default: "
         "all)")
     labels: Path | None = option(
         "TE", None, path_to("FILE.csv"), "a table instead of MURA's folders: path,label and "
         "optionally patient,study,body_part,view")
-    val_split: float = option(
-        "TD", 0.2, INSIDE, "fraction of the patients of train/ kept for validation")
-    image_size: int | None = option(
-        "TD", None, number(64, 2048), "side of the network's square input, pixels (default: the "
-        "paper's 320, or the longest side of the images where that is less)")
-    resize: str = option(
-        "TD", "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch "
-        "(paper), or letterbox, which keeps the aspect ratio")
-    normalization: str = option(
-        "TD", "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), "
-        "image (of each image) or MEAN,STD")
+    val_split: float = training(
+        0.2, INSIDE, "fraction of the patients of train/ kept for validation")
+    image_size: int | None = training(
+        None, number(64, 2048), "side of the network's square input, pixels (default: the paper's "
+        "320, or the longest side of the images where that is less)")
+    resize: str = training(
+        "stretch", one_of("stretch letterbox"), "how an image becomes square: stretch (paper), or "
+        "letterbox, which keeps the aspect ratio")
+    normalization: str = training(
+        "imagenet", NORMALIZATION, "imagenet, dataset (mean and std of the training images), image "
+        "(of each image) or MEAN,STD")
     on_bad_image: str | None = option(
         "TE", None, one_of("skip stop"), "what to do after listing unreadable images (default: "
         "skip, but stop if more than 1 %% are)")
     drop_duplicates: bool = option(
         "TE", False, SWITCH, "leave test images out that are also in training, or have "
         "contradicting labels (default: only report them)")
-    model: str = option(
-        "TD", "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file "
-        "of this program brings its own")
+    model: str = training(
+        "densenet169", one_of("densenet169 resnet50"), "architecture; --weights with a file of "
+        "this program brings its own")
     recipe: str = option(
         "T", "default", one_of("default paper"), "values of flags that are not given: as shown "
         "here, or as in the MURA paper")
-    weights: str = option(
-        "TD", "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none "
-        "(random) or a file: a model of this program, of torchvision or of timm")
-    epochs: int = option("TD", 5, COUNT, "passes over the training images")
+    weights: str = training(
+        "imagenet", {"metavar": "SOURCE"}, "initial weights: imagenet (downloaded), none (random) "
+        "or a file: a model of this program, of torchvision or of timm")
+    epochs: int = training(5, COUNT, "passes over the training images")
     batch_size: int = option(
         "TEPD", 8, COUNT, "images per optimiser step, over all processes (paper: 8); four times as "
         "many without gradients")
-    grad_accum_steps: int = option(
-        "TD", 1, COUNT, "micro-batches that a batch is computed in, to save memory")
-    lr: float = option("TD", 3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
-    lr_schedule: str = option(
-        "TD", "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of "
-        "power 2) or plateau (paper: a tenth when the val loss does not fall)")
-    warmup: float = option("TD", 0.1, UNIT, "fraction of all steps in which poly rises to --lr")
-    weight_decay: float = option("TD", 0.01, RATE, "decoupled weight decay (paper: 0)")
-    hflip: float = option("TD", 0.5, UNIT, "probability of a horizontal flip")
-    rotation: float = option(
-        "TD", 10.0, number(0.0, 180.0), "largest rotation to either side, degrees (paper: 30)")
-    brightness: float = option(
-        "TD", 0.1, UNIT, "largest shift of brightness, fraction of full scale")
-    contrast: float = option("TD", 0.2, UNIT, "largest relative change of contrast")
-    mixup: float = option(
-        "TD", 0.0, RATE, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and "
-        "more")
-    precise_bn: int = option(
-        "TD", 256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from "
-        "before each validation (arXiv 2105.07576); 0 is off (paper)")
-    select: str = option(
-        "TD", "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the "
-        "epoch: accuracy, loss per image; auroc, kappa per study")
-    patience: int = option(
-        "TD", 0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
+    grad_accum_steps: int = training(
+        1, COUNT, "micro-batches that a batch is computed in, to save memory")
+    lr: float = training(3e-4, number(1e-12, 10.0), "peak learning rate of AdamW (paper: 1e-4)")
+    lr_schedule: str = training(
+        "poly", one_of("poly plateau"), "poly (linear warm-up, then polynomial decay of power 2) "
+        "or plateau (paper: a tenth when the val loss does not fall)")
+    warmup: float = training(0.1, UNIT, "fraction of all steps in which poly rises to --lr")
+    weight_decay: float = training(0.01, RATE, "decoupled weight decay (paper: 0)")
+    hflip: float = training(0.5, UNIT, "probability of a horizontal flip")
+    rotation: float = training(
+        10.0, number(0.0, 180.0), "largest rotation to either side, degrees (paper: 30)")
+    brightness: float = training(0.1, UNIT, "largest shift of brightness, fraction of full scale")
+    contrast: float = training(0.2, UNIT, "largest relative change of contrast")
+    mixup: float = training(
+        0.0, RATE, "alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 suits 15 epochs and more")
+    precise_bn: int = training(
+        256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from before "
+        "each validation (arXiv 2105.07576); 0 is off (paper)")
+    select: str = training(
+        "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the epoch: "
+        "accuracy, loss per image; auroc, kappa per study")
+    patience: int = training(
+        0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
     precision: str = option(
         "TEPD", "auto", one_of("auto bf16 fp16 tf32 fp32"), "auto: bf16 or fp16 where the hardware "
         "gains from it, else fp32")
@@ -247,7 +248,7 @@ class Config:
     prevalence: float | None = option(
         "TEPD", None, INSIDE, "fraction of abnormal cases where the model is used: adds PPV, NPV "
         "and probabilities for it")
-    predict: tuple[Path, ...] = option(
+    predict: Sequence[Path] = option(
         "P", (), path_to("PATH") | SEVERAL, "classify and explain images, study folders and "
         "folders")
     output: Path | None = option(
@@ -274,7 +275,7 @@ class Config:
         "TEPD", "auto",
         matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
         "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
-    compile: bool = option("TD", False, SWITCH, "compile the network with torch.compile")
+    compile: bool = training(False, SWITCH, "compile the network with torch.compile")
     workers: int = option("TEPD", 0, COUNT_OR_OFF, "threads that decode images; 0 is one per core")
     debug: bool = option("TEPXD", False, SWITCH, "show tracebacks")
     given: frozenset[str] = frozenset()  # names of the flags on the command line
@@ -355,9 +356,7 @@ def parse_options(arguments: Sequence[str]) -> Config:
     values = dict(PAPER_RECIPE) if given.get("recipe") == "paper" else {}
     if "demo" in given:
         values = DEMO_DEFAULTS | {"checkpoint": (given["demo"] / "demo.pth",)}
-    several = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    values |= given | several
-    config = Config(**values, given=frozenset(given), command=tuple(arguments))
+    config = Config(**(values | given), given=frozenset(given), command=tuple(arguments))
     if problem := usage_problem(config):
         parser.error(problem)
     return config
@@ -417,11 +416,11 @@ import hashlib
 import io
 import json
 import logging
-import mmap
 import os
 import secrets
 import shlex
 import shutil
+import sqlite3
 import tempfile
 import time
 import traceback
@@ -431,7 +430,6 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache, partial
 from statistics import NormalDist
 
 import numpy as np
@@ -521,31 +519,21 @@ def warn(text: str, *, failed: bool = False) -> None:
         tqdm.write(f"{PROGRAM}{rank}: {printable(text)}", file=sys.stderr)
 
 
-class Progress:
+class Progress(tqdm):  # type: ignore[type-arg]  # it takes none when it runs
     """A progress bar on a terminal and in a notebook; elsewhere a line a minute on stderr."""
 
     def __init__(self, total: int, title: str, units: str = "images", done: int = 0) -> None:
-        interactive = "ipykernel" in sys.modules or sys.stderr.isatty()
-        self.title, self.done, self.of_total = title, done, f"/{total} {units}"
-        self.line_due = time.monotonic() + 60
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=f" {units}", file=sys.stderr,
-                        leave=False, dynamic_ncols=True,
-                        disable=not (interactive and is_main_process()))
+        self.is_drawn = "ipykernel" in sys.modules or sys.stderr.isatty()
+        file, seconds = (sys.stderr, 0.1) if self.is_drawn else (io.StringIO(), 60)
+        super().__init__(
+            total=total, initial=done, desc=title, unit=f" {units}", file=file, mininterval=seconds,
+            miniters=1, leave=False, dynamic_ncols=True, disable=not is_main_process())
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, count: int = 1, note: str = "") -> None:
+    def advance(self, count: int = 1, note: str = "") -> None:
         """Count more done; `note` is shown behind the bar or on the line."""
-        self.done += count
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(count)
-        if self.bar.disable and time.monotonic() > self.line_due:
-            self.line_due = time.monotonic() + 60
-            warn(f"{self.title}: {self.done}{self.of_total}{', ' * bool(note)}{note}")
+        self.set_postfix_str(note, refresh=False)
+        if self.update(count) and not self.is_drawn:
+            warn(str(self))
 
 
 class Stopped(BaseException):
@@ -653,9 +641,8 @@ class Distributed:
     def gather(self, mine: Sequence[Any]) -> list[Any]:
         """Return all processes' items: the i-th of rank r becomes item i * world_size + r."""
         lists = [list(mine)] * self.world_size
-        if self.world_size == 1:
-            return lists[0]
-        dist.all_gather_object(lists, lists[0])
+        if self.world_size > 1:
+            dist.all_gather_object(lists, lists[0])
         rounds = itertools.zip_longest(*lists)
         return [item for items in rounds for item in items if item is not None]
 
@@ -672,11 +659,15 @@ class Distributed:
                             "in a folder that they share", EXIT_FAILED)
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error that names a file that cannot be written, and the remedy."""
-    reason = error.strerror or error
-    return UserError(f"{path}: cannot be written ({reason}); free space or choose another place",
-                     EXIT_FAILED)
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it an OSError becomes the UserError of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place",
+                        EXIT_FAILED) from error
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -691,34 +682,34 @@ def sweep_temporaries(folder: Path) -> None:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path in the same folder, whose file becomes `path` when it is whole and on the disk.
 
-    A link's target is replaced, not the link; the mode of an earlier file stays. May raise OSError.
+    A link's target is replaced, not the link; the mode of an earlier file stays. Errors of what the
+    caller does with the file are the caller's.
     """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(path.parent)
-    temporary = path.with_name(TEMPORARY.format(secrets.token_hex(6)))
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(target.parent)
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(6)))
     try:
         yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
+            if os.name == "posix":  # the name, too, has to reach the disk
+                folder = os.open(target.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; UserError where there is no space or no permission."""
-    try:
-        with temporary_file(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with temporary_file(path) as temporary, writing(path):
+        temporary.write_bytes(content)
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
@@ -737,6 +728,11 @@ def _csv_cell(value: Any) -> Any:
     return None if value != value else value
 
 
+def digest(content: str | bytes) -> str:
+    """Return 16 digits of the SHA-256 of bytes or a text; file names in it may hold any bytes."""
+    return hashlib.sha256(os.fsencode(content)).hexdigest()[:16]
+
+
 def json_text(content: object) -> bytes:
     """Return indented JSON; NaN is refused rather than written."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
@@ -744,14 +740,12 @@ def json_text(content: object) -> bytes:
 
 def require_writable(path: Path) -> None:
     """Check before long work that `atomic_write` will be able to write a file; errors as there."""
-    try:
+    with writing(path):
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         if path.is_dir():
             raise IsADirectoryError(None, "a folder")
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def require_new(paths: Iterable[Path], remedy: str) -> None:
@@ -763,33 +757,23 @@ def require_new(paths: Iterable[Path], remedy: str) -> None:
 
 def is_ours(path: Path) -> bool:
     """Return whether a file carries this program's name."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(PROGRAM.encode()) >= 0
+    return path.is_file() and PROGRAM.encode() in path.read_bytes()
 
 
 @contextlib.contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with the process; UserError where another process has it."""
+    """Hold a lock that dies with the process; UserError where another process has it.
+
+    It is the lock of SQLite on an empty file, for that is one call on every system.
+    """
     require_writable(path)
-    if path.exists() and path.stat().st_size:  # ours is empty
-        raise UserError(f"{path}: is in the way, and not of this program; use another --checkpoint")
-    with path.open("ab") as file:
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as lock:
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileExistsError  # removed by its holder and made anew since it was opened
-        except OSError as error:
-            raise UserError(f"{path}: another run with this --checkpoint is under way; wait for "
-                            "its end or use another --checkpoint", EXIT_FAILED) from error
+            lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # no second file
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: another run with this --checkpoint is under way, or it is "
+                            "not of this program; wait for its end or use another --checkpoint",
+                            EXIT_FAILED) from error
         try:
             yield
         finally:
@@ -798,17 +782,11 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def write_checkpoint(path: Path, content: Content) -> str:
-    """Write what torch.save can hold; returns the file's SHA-256."""
+    """Write what torch.save can hold; returns the file's digest."""
     buffer = io.BytesIO()
     torch.save({"format": PROGRAM, "version": __version__, **content}, buffer)
     atomic_write(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest(buffer.getvalue())
 
 
 def read_checkpoint(path: Path, kind: str) -> Content:
@@ -818,10 +796,10 @@ def read_checkpoint(path: Path, kind: str) -> Content:
         UserError: it is something else, or as of `read_weights`.
     """
     flag, ending = ("--checkpoint", ".pth") if kind == "model" else ("--resume", ".last.pth")
-    content = read_weights(path, f"{flag} wants the {ending} file that training wrote")
+    remedy = f"{flag} wants the {ending} file that training wrote"
+    content = read_weights(path, remedy)
     if content.get("format") != PROGRAM or content.get("kind") != kind:
-        wanted = "a model (STEM.pth)" if kind == "model" else "a saved state (STEM.last.pth)"
-        raise UserError(f"{path}: is not {wanted} of this program")
+        raise UserError(f"{path}: is another kind of file; {remedy}")
     return content
 
 
@@ -833,24 +811,21 @@ def read_weights(path: Path, remedy: str) -> Content:
     """
     try:
         if not path.is_file():  # before opening: a FIFO or a device would be read for ever
-            raise FileNotFoundError(None, "not a file" if path.exists() else "no such file")
+            raise FileNotFoundError(None, "no such file, or it is not a file")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             check_archive(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return {**torch.load(file, map_location="cpu", weights_only=True)}
     except ImportError as error:
         raise UserError(f"{path}: needs an optional package: pip install safetensors") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
     except Exception as error:  # of many kinds, none documented; torch's text advises to run code
-        raise UserError(f"{path}: is damaged, no file of weights, or holds other things than "
-                        f"tensors and plain values; {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name; {remedy}")
-    return content
+        raise UserError(f"{path}: is damaged, no file of weights by name, or holds other things "
+                        f"than tensors and plain values; {remedy}") from error
 
 
 def check_archive(file: IO[bytes]) -> None:
@@ -912,7 +887,6 @@ class BadImage(Exception):  # noqa: N818 (reads as what it is where it is raised
 class ImageHeader(NamedTuple):
     """What an image file says about itself; width and height in pixels, 0 if not understood."""
 
-    format: str
     width: int = 0
     height: int = 0
     study_uid: str = ""  # DICOM StudyInstanceUID
@@ -924,7 +898,7 @@ class Radiograph:
 
     pixels: Pixels
     body_part: str = ""  # DICOM BodyPartExamined
-    warnings: tuple[str, ...] = ()  # short clauses
+    warning: str = ""  # a short clause
     chroma: float = 0.0  # mean of max(R, G, B) - min(R, G, B), 0 to 255
 
 
@@ -944,9 +918,9 @@ def read_header(path: Path) -> ImageHeader | None:
                     if header and "Rows" not in header:  # DICOMDIR, a report, ...
                         return None
                     study = str(header.get("StudyInstanceUID", ""))
-                    return ImageHeader(kind, header.Columns, header.Rows, study)
-                return ImageHeader(kind, *Image.open(file, formats=(kind,)).size)
-    return ImageHeader(kind) if kind else None
+                    return ImageHeader(header.Columns, header.Rows, study)
+                return ImageHeader(*Image.open(file, formats=(kind,)).size)
+    return ImageHeader() if kind else None
 
 
 def _image_format(head: bytes) -> str:
@@ -1142,13 +1116,11 @@ def _read_dicom(file: IO[bytes], **options: Any) -> Dataset:
 
 def _decode_dicom(data: bytes) -> Radiograph:
     header = _read_dicom(io.BytesIO(data))
-    if "PixelData" not in header:
-        raise BadImage("a DICOM file without an image, or its header is damaged")
-    for keyword in ("Rows", "Columns", "BitsAllocated"):
+    for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated"):
         if not header.get(keyword):
-            raise BadImage(f"a DICOM file whose {keyword} is missing or 0")
+            raise BadImage(f"a DICOM file without an image: {keyword} is missing or 0")
     _check_size(header.Columns, header.Rows, header.get("NumberOfFrames") or 1)
-    notes = _dicom_warnings(header)
+    warning = _dicom_warning(header)
     for keyword, value in (*DICOM_DEFAULTS.items(), ("BitsStored", header.BitsAllocated)):
         if header.get(keyword) in (None, ""):
             setattr(header, keyword, value)
@@ -1166,7 +1138,7 @@ def _decode_dicom(data: bytes) -> Radiograph:
     if grey.shape != (header.Rows, header.Columns):
         raise BadImage("its pixels are not Rows x Columns")
     part = str(header.get("BodyPartExamined", ""))
-    return Radiograph(grey, part, notes, chroma)
+    return Radiograph(grey, part, warning, chroma)
 
 
 def _dicom_pixels(header: Dataset) -> Array:
@@ -1259,16 +1231,16 @@ def _look_up(values: Array, table: Dataset) -> Array:
     return np.asarray(np.take(data, places))
 
 
-def _dicom_warnings(header: Dataset) -> tuple[str, ...]:
+def _dicom_warning(header: Dataset) -> str:
     storage = getattr(header.get("SOPClassUID"), "name", "")
     if "FOR PROCESSING" in f"{header.get('PresentationIntentType')}, {storage}".upper():
-        return ("FOR PROCESSING: raw exposure, perhaps a negative",)
+        return "FOR PROCESSING: raw exposure, perhaps a negative"
     if not header.get("PhotometricInterpretation"):
-        return ("PhotometricInterpretation is missing: perhaps a negative",)
+        return "PhotometricInterpretation is missing: perhaps a negative"
     polarity = f"{header.PhotometricInterpretation} {header.get('PresentationLUTShape')}"
     if polarity in ("MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"):
-        return ("PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative",)
-    return ()
+        return "PresentationLUTShape contradicts PhotometricInterpretation: perhaps a negative"
+    return ""
 
 
 def unlike_radiograph(radiograph: Radiograph) -> str | None:
@@ -1409,12 +1381,10 @@ def _choose_body_parts(present: Iterable[str], tasks: Sequence[str]) -> list[str
         UserError: a task that is not present; the message lists those that are.
     """
     names = {part: part.upper().removeprefix("XR_") for part in sorted(present)}
-    known = sorted(set(names.values()))
-    wanted = [task.upper().removeprefix("XR_") for task in tasks] or known
-    for task in wanted:
-        if task not in known:
-            there = ", ".join(known) or "none"
-            raise UserError(f"--tasks {task}: no such body part; present are {there}")
+    wanted = {task.upper().removeprefix("XR_") for task in tasks} or {*names.values()}
+    if unknown := wanted.difference(names.values()):
+        there = ", ".join(dict.fromkeys(names.values())) or "none"
+        raise UserError(f"--tasks {min(unknown)}: no such body part; present are {there}")
     return [part for part, name in names.items() if name in wanted]
 
 
@@ -1423,9 +1393,7 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
 
     A study's label is that in SPLIT_labeled_studies.csv, else its folder's name (_positive,
     _negative). Where SPLIT_image_paths.csv lists any, by any suffix, only the listed images count.
-
-    Raises:
-        UserError: no image, an unknown body part, a list that is not MURA's.
+    UserError where there is no image or no such body part, or a list is not MURA's.
     """
     top = root / split
     image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
@@ -1435,7 +1403,9 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     parts = _choose_body_parts(present, tasks)
     missing = {name for name in listed if name.partition("/")[0] in parts}
     records, counts = list[ImageRecord](), Counter[str]()
-    for part, patient, study in _walk_studies(top, parts):
+    studies = [(part, patient, study) for part in parts for patient in subfolders(top / part)
+               for study in subfolders(f"{top}/{part}/{patient}")]
+    for part, patient, study in studies:
         key = f"{part}/{patient}/{study}"
         named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
         label = labels.get(key, named)
@@ -1458,13 +1428,6 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
         raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
     is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
     return Scan(split, top, tuple(records), tuple(notes), is_mura)
-
-
-def _walk_studies(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for part in parts:
-        for patient in subfolders(folder / part):
-            for study in subfolders(f"{folder}/{part}/{patient}"):
-                yield part, patient, study
 
 
 def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
@@ -1528,24 +1491,19 @@ def _table_record(row: Mapping[str, str], folder: Path) -> ImageRecord:
     return ImageRecord(str(folder / name), name, part, patient, key, label)
 
 
-def count_table(name: str, records: Sequence[ImageRecord]) -> list[str]:
+def count_table(scan: Scan) -> list[str]:
     """Return lines with the images, studies and patients of each body part (and abnormal ones)."""
-    lines = [f"{name:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}  (abnormal)"]
-    parts = sorted({record.body_part for record in records})
+    lines = [f"{scan.split:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}"
+             "  (abnormal)"]
+    parts = sorted({record.body_part for record in scan.records})
     for part in [*parts, "all"] if len(parts) > 1 else parts:
         lines.append(f"{'':<8}{part:<14}")
-        chosen = [record for record in records if part in (record.body_part, "all")]
+        chosen = [record for record in scan.records if part in (record.body_part, "all")]
         for unit in ("path", "study", "patient"):
             every = {getattr(record, unit) for record in chosen}
             abnormal = {getattr(record, unit) for record in chosen if record.label}
             lines[-1] += f"{f'{len(every)} ({len(abnormal)})':>16}"
     return lines
-
-
-def _digest(content: str | bytes) -> str:
-    """Return 16 digits of the SHA-256 of pixels or a text; file names in it may hold any bytes."""
-    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def split_by_patient(
@@ -1564,7 +1522,7 @@ def split_by_patient(
     abnormal = {record.patient for record in records if record.label}
     val: set[str] = set()
     for kind in (abnormal, everyone - abnormal):
-        names = sorted(kind, key=lambda name: _digest(f"{seed}/{name}"))
+        names = sorted(kind, key=lambda name: digest(f"{seed}/{name}"))
         count = max(1, round(fraction * len(names)))
         val.update(names[:-1][:count])  # the last one stays in train
     if not val:
@@ -1577,8 +1535,11 @@ def split_by_patient(
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
 ) -> Iterator[Any]:
-    """Yield function(item) in order, computed in threads at most `ahead` in advance."""
-    pool = ThreadPoolExecutor(workers)
+    """Yield function(item) in order, computed in threads at most `ahead` in advance.
+
+    Zero `workers` are a thread for each core.
+    """
+    pool = ThreadPoolExecutor(workers or core_count())
     try:
         futures = (pool.submit(function, item) for item in items)
         waiting = deque(itertools.islice(futures, ahead))
@@ -1635,35 +1596,32 @@ class CachedImage(NamedTuple):
 
 def open_cache(
     scan: Scan, size: int, resize: str, folder: Path, *, verify: bool
-) -> list[list[CachedImage]]:
-    """Return the images of a split, those of a body part together, as the cache has them."""
-    opened = []
+) -> Iterator[list[CachedImage]]:
+    """Yield the images of a split, those of a body part together, as the cache has them.
+
+    It has nothing of an image whose file has changed or, to `verify`, whose copy is damaged.
+    """
     for part in sorted({record.body_part for record in scan.records}):
         records = [record for record in scan.records if record.body_part == part]
-        key = _digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
+        key = digest("\n".join([f"{CACHE_VERSION}", *(record.name for record in records)]))
         name = re.sub(r"[^\w-]", "_", f"{part}-{size}-{resize}-{key}")
         path = folder / f"{name}.npy"
+        unknown, images = [CachedImage(record, path, i) for i, record in enumerate(records)], []
         try:
             rows = json.loads(path.with_suffix(".json").read_bytes())
             squares = np.asarray(np.load(path, mmap_mode="r")).reshape(-1, size, size)
-            known = enumerate(zip(records, rows, squares, strict=True))
-            images = [_checked(CachedImage(record, path, i, *row), square if verify else None)
-                      for i, (record, row, square) in known]
+            for image, row, square in zip(unknown, rows, squares, strict=True):
+                known = CachedImage(*image[:3], *row)
+                usable = known.signature == _signature(image.record.path)
+                if usable and verify and known.checksum != digest(square.tobytes()):
+                    usable = False
+                    warn(f"{path}: damaged at {image.record.name}, which is decoded again")
+                images.append(known if usable else image)
         except Exception as error:  # of damaged files, many kinds
             if not isinstance(error, FileNotFoundError):
                 warn(f"{path}: it or its .json is damaged, so its images are decoded again")
-            images = [CachedImage(record, path, i) for i, record in enumerate(records)]
-        opened.append(images)
-    return opened
-
-
-def _checked(image: CachedImage, square: Pixels | None) -> CachedImage:
-    """Return what the cache knows of an image, or nothing if its file or its copy has changed."""
-    if image.signature == _signature(image.record.path):
-        if square is None or image.checksum == _digest(square.tobytes()):
-            return image
-        warn(f"{image.path}: damaged at {image.record.name}, which is decoded again")
-    return CachedImage(image.record, image.path, image.row)
+            images = unknown
+        yield images
 
 
 def _signature(path: str) -> str:
@@ -1683,16 +1641,16 @@ def decode_scan(
         UserError: the cache folder is full or cannot be written.
     """
     sweep_temporaries(folder)
-    workers = workers or core_count()
     decode = partial(_decode_image, size=size, resize=resize)
-    parts = open_cache(scan, size, resize, folder, verify=True)
+    scanned: list[CachedImage] = []
     with Progress(len(scan.records), f"decode {scan.split}") as bar:
-        for images in parts:
+        for images in open_cache(scan, size, resize, folder, verify=True):
             todo = [image for image in images if not image.checksum]
-            bar.update(len(images) - len(todo))
+            bar.advance(len(images) - len(todo))
             if todo:
-                _write_part(images, size, map_ahead(decode, todo, workers, 8 * workers), bar)
-    return list(itertools.chain(*parts))
+                _write_part(images, size, map_ahead(decode, todo, workers, ahead=64), bar)
+            scanned += images
+    return scanned
 
 
 def _write_part(
@@ -1701,19 +1659,17 @@ def _write_part(
 ) -> None:
     """Write decoded images into the cache of a body part, and put them into `images`."""
     path, is_new = images[0].path, not any(image.checksum for image in images)
-    try:
-        with temporary_file(path) if is_new else contextlib.nullcontext(path) as target:
-            if is_new:
-                np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
-            with target.open("r+b") as file:
-                for image, square in decoded:
-                    # from the end: the length of the header of .npy does not matter
-                    file.seek((image.row - len(images)) * square.size, os.SEEK_END)
-                    file.write(square.tobytes())
-                    images[image.row] = image
-                    bar.update()
-    except OSError as error:
-        raise unwritable(path, error) from error
+    whole = temporary_file(path) if is_new else contextlib.nullcontext(path)
+    with whole as target, writing(path):
+        if is_new:
+            np.lib.format.open_memmap(target, "w+", np.uint8, (len(images), size, size))
+        with target.open("r+b") as file:
+            for image, square in decoded:
+                # from the end: the length of the header of .npy does not matter
+                file.seek((image.row - len(images)) * square.size, os.SEEK_END)
+                file.write(square.tobytes())
+                images[image.row] = image
+                bar.advance()
     rows = [(image.signature, image.checksum, image.error) for image in images]
     atomic_write(path.with_suffix(".json"), json_text(rows))  # last: now the rows count
 
@@ -1729,19 +1685,17 @@ def _decode_image(image: CachedImage, size: int, resize: str) -> tuple[CachedIma
         from_system = getattr(problem.__cause__, "errno", None)  # decoders' own errors have none
         if "pip install" in error or from_system:
             signature = ""  # it may become readable without a change
-    checksum = _digest(square.tobytes())
+    checksum = digest(square.tobytes())
     return image._replace(signature=signature, checksum=checksum, error=error), square
 
 
-def cache_folder(config: Config, root: Path) -> Path:
-    """Return where the cache lives: --cache-dir, else beside the data, else in the user's cache."""
+def cache_folder(root: Path) -> Path:
+    """Return where the cache lives without --cache-dir: beside the data, or in the user's cache."""
     beside = root / ".mura_cache"
-    if config.cache_dir:
-        return config.cache_dir
     if os.access(beside if beside.exists() else root, os.W_OK):
         return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = home / PROGRAM / _digest(str(root.resolve()))
+    folder = home / PROGRAM / digest(str(root.resolve()))
     warn(f"{root}: is read-only; the cache is in {folder} (--cache-dir chooses)")
     return folder
 
@@ -1758,10 +1712,10 @@ def report_bad_images(
     for name in list(errors)[:10]:
         warn(f"{scan.folder / name}: {errors[name]}")
     text = f"{len(errors)} of {len(images)} images below {scan.folder} cannot be read (see above)"
-    too_many = on_bad_image is None and len(errors) > BAD_FRACTION * len(images)
-    if errors and (on_bad_image == "stop" or too_many or len(errors) == len(images)):
-        skip = ", or add --on-bad-image skip" if too_many else ""
-        raise UserError(f"{text}; replace or remove them{skip}", EXIT_FAILED)
+    allowed = {"skip": 1, "stop": 0}.get(on_bad_image or "", BAD_FRACTION) * len(images)
+    if len(errors) > allowed or len(errors) == len(images):
+        raise UserError(f"{text}; replace or remove them (--on-bad-image skip allows some)",
+                        EXIT_FAILED)
     if errors:
         warn(f"{text}; they are skipped")
     return errors
@@ -1773,21 +1727,17 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     Pixels are read from the memory-mapped cache. It can be pickled to a worker process.
 
     Args:
-        images: what `decode_scan` returned; unreadable ones are left out.
-        records: the images to use, default all.
+        images: what `decode_scan` returned, or some of it; unreadable ones are left out.
         transform: applied to each image, if given.
     """
 
     def __init__(
-        self, images: Iterable[CachedImage], records: Iterable[ImageRecord] | None = None,
-        transform: Callable[[Tensor], Any] | None = None,
+        self, images: Iterable[CachedImage], transform: Callable[[Tensor], Any] | None = None
     ) -> None:
-        readable = {image.record.name: image for image in images if not image.error}
-        names = readable if records is None else [record.name for record in records]
-        self.images = [readable[name] for name in names if name in readable]
+        self.images = [image for image in images if not image.error]
         self.records = tuple(image.record for image in self.images)
         self.labels = np.array([record.label for record in self.records], np.int64)
-        self.transform, self.arrays = transform, dict[Path, Array]()
+        self.transform = transform
 
     @classmethod
     def from_folder(
@@ -1804,9 +1754,9 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         scan = scan_split(root, split, [tasks] if isinstance(tasks, str) else tasks)
         for note in scan.notes:
             warn(note)
-        images = decode_scan(scan, size, resize, cache_folder(Config(), root), 0)
+        images = decode_scan(scan, size, resize, cache_folder(root), 0)
         report_bad_images(scan, images, "skip")
-        return cls(images, transform=transform)
+        return cls(images, transform)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -1815,30 +1765,24 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         image = self.batch(np.array([index]))[0]
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
-    def __getstate__(self) -> Content:
-        return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
-
     def batch(self, indices: Array) -> Tensor:
         """Return images, (B, 1, S, S) uint8."""
         chosen = [self.images[i] for i in indices.tolist()]
-        for path in {image.path for image in chosen} - self.arrays.keys():
-            self.arrays[path] = np.load(path, mmap_mode="r")
-        return torch.from_numpy(np.stack([self.arrays[i.path][i.row] for i in chosen]))[:, None]
+        rows = {path: np.load(path, mmap_mode="r") for path in {image.path for image in chosen}}
+        return torch.from_numpy(np.stack([rows[i.path][i.row] for i in chosen]))[:, None]
 
     def fingerprint(self) -> str:
         """Return a digest of names, labels and pixels, which tells this set from any other."""
         lines = [f"{image.record.name},{image.record.label},{image.checksum}\n"
                  for image in self.images]
-        return _digest("".join(lines))
+        return digest("".join(lines))
 
 
-def choose_image_size(records: Sequence[ImageRecord], asked: int | None) -> int:
-    """Return the input side, pixels: as asked, else 320 or, where smaller, the longest side found.
+def choose_image_size(records: Sequence[ImageRecord]) -> int:
+    """Return the default input side, pixels: 320 or, where smaller, the longest side found.
 
     The headers of up to 200 images, evenly spread, are read; the side is rounded up to 32.
     """
-    if asked:
-        return asked
     headers = [read_header(Path(record.path)) for record in records[:: len(records) // 200 + 1]]
     longest = max((max(found.width, found.height) for found in headers if found), default=320)
     return min(320, max(64, -(-longest // 32) * 32))
@@ -3091,7 +3035,7 @@ class TrainState:
 
     history: list[Row] = field(default_factory=list)  # of the epochs finished, validation included
     best_epoch: int = 0
-    model_digest: str = ""  # SHA-256 of STEM.pth
+    model_digest: str = ""  # of STEM.pth
     batch: int = 0  # batches finished in the current epoch
     loss: float = 0.0  # sums over the current epoch's images
     correct: float = 0.0
@@ -3169,7 +3113,7 @@ class Trainer:
             for batch, pixels in zip(left, images, strict=True):
                 stopping = self.train_step(batch, pixels)
                 state.seconds = time.perf_counter() - began
-                bar.update(note=self.progress_note())
+                bar.advance(note=self.progress_note())
                 self.pause(stopping)
 
     def train_step(self, batch: Array, pixels: Tensor) -> bool:
@@ -3275,7 +3219,7 @@ class Trainer:
         count = min(self.config.precise_bn, len(self.train_set))
         with Progress(count + len(self.val_set), "validation") as bar:
             def update(done: int) -> None:
-                bar.update(done)
+                bar.advance(done)
                 self.pause(alone and bool(self.signals.signum))  # else in the next epoch, together
 
             if count:
@@ -3407,7 +3351,7 @@ class Trainer:
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
-        if not path.exists() or file_digest(path) == self.state.model_digest:
+        if not path.exists() or digest(path.read_bytes()) == self.state.model_digest:
             return path.exists()
         found = read_checkpoint(path, "model")
         return bool(found["settings"] == self.settings and found["epoch"] > self.state.epoch)
@@ -3925,7 +3869,7 @@ def evaluate_ensemble(
     with Progress(len(first), f"evaluate {scan.split}") as bar:
         def update(count: int) -> None:
             """Count images; Python drops what a signal raises inside of a destructor."""
-            bar.update(count)
+            bar.advance(count)
             signals.check()
 
         logits = ensemble.predict_dataset(data, config.eval_batch_size, distributed, update)
@@ -4187,7 +4131,7 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
             yield from search_folder(path) or [Study(path, error="holds no images")]
         else:
-            header = read_header(path) or ImageHeader("")
+            header = read_header(path) or ImageHeader()
             yield Study(path, [path], uid=header.study_uid)
 
 
@@ -4225,7 +4169,7 @@ def input_header(path: Path) -> ImageHeader | None:
     if path.name.endswith(HEATMAP_ENDING) and is_ours(path):
         return None
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() != ".dcm"
-    return read_header(path) or (ImageHeader("") if is_picture else None)
+    return read_header(path) or (ImageHeader() if is_picture else None)
 
 
 def walk_files(folder: Path, seen: set[str]) -> Iterator[Path]:
@@ -4270,7 +4214,7 @@ class Predictor:
 
     def studies(self, studies: Sequence[Study]) -> Iterator[Study]:
         """Yield each input with its answer, in order; images are decoded ahead."""
-        size, workers = self.config.eval_batch_size, self.config.workers or core_count()
+        size, workers = self.config.eval_batch_size, self.config.workers
         paths = (path for study in studies for path in study.files)
         views = self.classify(map_ahead(self.read, paths, workers, size))
         for study in studies:
@@ -4283,7 +4227,7 @@ class Predictor:
             radiograph = read_radiograph(path)
         except (BadImage, OSError) as error:
             return ViewResult(path, np.zeros((0, 0), np.uint8), error=str(error))
-        models, found = self.ensemble.models, list(radiograph.warnings)
+        models, found = self.ensemble.models, [radiograph.warning] if radiograph.warning else []
         if doubt := unlike_radiograph(radiograph):
             found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
         named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
@@ -4382,7 +4326,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
                     save_maps(archive, study)
                 if study.label:
                     explain_result(study, figure, show=show and len(rows) <= WINDOWS)
-                bar.update()
+                bar.advance()
                 signals.check()
                 if time.monotonic() > output_due:
                     output_due = write_output(config.output, rows)
@@ -4510,13 +4454,10 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
-    try:
-        with (temporary_file(path) as temporary,
-              zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
-            archive.comment = PROGRAM.encode()
-            yield archive
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with (temporary_file(path) as temporary, writing(path),
+          zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
+        archive.comment = PROGRAM.encode()
+        yield archive
 
 
 def save_maps(archive: zipfile.ZipFile, study: Study) -> None:
@@ -4655,9 +4596,9 @@ def scan_data(config: Config, split: str) -> tuple[Config, Scan]:
     else:
         root = find_data_root(config.data_dir or Path())
         scan = scan_split(root, split, config.tasks)
-    for line in count_table(scan.split, scan.records):
+    for line in count_table(scan):
         log(line)
-    return replace(config, data_dir=root, cache_dir=cache_folder(config, root)), scan
+    return replace(config, data_dir=root, cache_dir=config.cache_dir or cache_folder(root)), scan
 
 
 def shared_decode(
@@ -4743,12 +4684,13 @@ def make_trainer(
     for label in {0, 1}.difference(record.label for record in sides[0]):
         raise UserError(f"no training image is {CLASSES[label]}; training needs both classes")
     network, seen = initial_network(config, resumed=bool(content))
-    size = choose_image_size(scan.records, config.image_size)
+    size = config.image_size or choose_image_size(scan.records)
     tta = config.hflip > 0 if config.tta is None else config.tta
     config = replace(config, image_size=size, model=network.name, tta=tta)
     caches = shared_decode(config, scan, (size, config.resize), distributed)
     bad_images = report_bad_images(scan, caches, config.on_bad_image)
-    train, val = (MuraDataset(caches, records) for records in sides)
+    train, val = (MuraDataset(image for image in caches if image.record in side)
+                  for side in map(set, sides))
     patients = {}
     for name, dataset in (("train", train), ("val", val)):
         patients[name] = sorted({record.patient for record in dataset.records})
@@ -4759,11 +4701,10 @@ def make_trainer(
     if leaked := seen.intersection(patients["val"]):
         warn(f"--weights {config.weights}: has seen {len(leaked)} patients of val: validation, "
              "temperature and the choice of the epoch are optimistic (leakage)")
-    facts = {
+    facts = content.get("facts") or {
         "bad_images": len(bad_images),
         "patients": patients | {"train": sorted(seen.union(patients["train"]))},
         "body_parts": sorted({record.body_part for record in train.records})}
-    facts = content.get("facts", facts)
     trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
     if content:
         trainer.resume(content)
@@ -4991,7 +4932,7 @@ def write_phantoms(
         for order, part in enumerate(parts):  # some patients come with two body parts, as in MURA
             patient = first_patient + order * count // 2
             images = _plan_images(f"{root.name}/{split}/{part}", patient, count)
-            lesions += filter(None, map_ahead(write, images.items(), core_count(), ahead=64))
+            lesions += filter(None, map_ahead(write, images.items(), workers=0, ahead=64))
     (root / PHANTOM_LIST).write_text("\n".join(lesions))
     return root
 

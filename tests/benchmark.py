@@ -186,7 +186,7 @@ class Bench:
     def trainer(self) -> mura.Trainer:
         """The program's trainer as --data-dir sets it up, cache warm."""
         caches = mura.decode_scan(self.scan, self.size, "stretch", next(self.caches), 0)
-        train, val = mura.MuraDataset(caches), mura.MuraDataset(caches, self.scan.records[:4])
+        train, val = mura.MuraDataset(caches), mura.MuraDataset(caches[:4])
         torch.manual_seed(0)
         return mura.Trainer(
             self.config,

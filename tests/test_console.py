@@ -367,7 +367,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     content = {"kind": "model", "state_dict": weights, "threshold": 0.3, "tasks": ["XR_HAND"]}
     path = tmp_path_factory.mktemp("whole") / "m.pth"
     digest = mura.write_checkpoint(path, content)
-    assert digest == mura.file_digest(path)
+    assert digest == mura.digest(path.read_bytes())
     return content, path.read_bytes()
 
 
@@ -475,11 +475,10 @@ def test_what_torch_warns_of_stays_away_from_the_terminal(
 
 
 def test_a_model_is_no_state_and_a_state_no_model(tmp_path: Path) -> None:
-    for kind, other, said in (("model", "state", "is not a saved state (STEM.last.pth)"),
-                              ("state", "model", "is not a model (STEM.pth)")):
+    for kind, other in (("model", "state"), ("state", "model")):
         mura.write_checkpoint(tmp_path / "f.pth", {"kind": kind})
         assert mura.read_checkpoint(tmp_path / "f.pth", kind)["kind"] == kind
-        assert said in refusal(tmp_path / "f.pth", other)
+        assert "is another kind of file" in refusal(tmp_path / "f.pth", other)
 
 
 @pytest.mark.parametrize(("kind", "remedy"), {
@@ -581,25 +580,6 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     assert names(path.parent) == set()
 
 
-@pytest.mark.parametrize("third", [False, True])
-def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: bool
-) -> None:
-    """The run that held it ends between `open` and lock; a third may have made the file anew."""
-    path, lock = tmp_path / "run.lock", fcntl.flock
-
-    def late(file: Any, operation: int) -> None:
-        path.unlink()
-        if third:
-            path.touch()
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(mura.UserError, match="another run"):
-        mura.run_lock(path).__enter__()
-    assert path.exists() == third
-
-
 def test_a_lock_that_a_crash_left_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
 
@@ -609,6 +589,7 @@ def test_a_lock_that_a_crash_left_does_not_block(tmp_path: Path) -> None:
 
     assert in_child(crash) == (0, signal.SIGKILL)
     assert path.exists()
+    assert names(tmp_path) == {"run.lock"}
     with mura.run_lock(path):
         assert in_child(mura.run_lock(path).__enter__)[0] == 9
 
@@ -780,14 +761,15 @@ class Terminal(io.StringIO):
 def test_progress_is_a_line_a_minute_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, err = [1000.0], io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     with mura.Progress(200, "epoch 1/5", done=10) as bar:
         for _ in range(13):
             clock[0] += 11
-            bar.update(5, "loss 0.693")
-    lines = err.getvalue().splitlines()
-    assert lines == ["mura_anomaly_detection: epoch 1/5: 40/200 images, loss 0.693",
-                     "mura_anomaly_detection: epoch 1/5: 70/200 images, loss 0.693"]
+            bar.advance(5, "loss 0.693")
+    first, second = err.getvalue().splitlines()
+    for line, count in ((first, " 40/200 "), (second, " 70/200 ")):
+        assert line.startswith("mura_anomaly_detection: epoch 1/5: ") and count in line
+        assert line.endswith(", loss 0.693]") and line.isascii()
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_stay_above_it(
@@ -797,10 +779,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_stay_above_it(
     monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "stdout", out)
     with mura.Progress(20, "epoch 1/5", "file") as bar:
-        bar.update(10, "loss 0.693")
+        bar.advance(10, "loss 0.693")
         mura.log("a result")
         time.sleep(0.15)  # tqdm draws at most ten times a second
-        bar.update(5, "loss 0.5")
+        bar.advance(5, "loss 0.5")
     assert all(text in err.getvalue() for text in ("epoch 1/5", "15/20", "loss 0.5"))
     assert out.getvalue().endswith("a result\n")
 
@@ -822,7 +804,7 @@ def test_only_the_first_process_draws_a_bar(
     err = Terminal()
     monkeypatch.setattr(sys, "stderr", err)
     with mura.Progress(20, "epoch 1/5") as bar:
-        bar.update(10)
+        bar.advance(10)
     assert bool(err.getvalue()) == drawn
 
 
@@ -977,7 +959,7 @@ def test_only_the_first_process_prints_but_each_says_why_it_failed(
 
 def test_a_process_alone_gathers_and_sums_its_own(tmp_path: Path) -> None:
     alone = mura.Distributed()
-    assert alone.gather([3, None, 5]) == [3, None, 5]
+    assert alone.gather([3, 5]) == [3, 5]
     assert alone.sum(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
     alone.wait()
     alone.wait_for_decoding()

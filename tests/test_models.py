@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import re
@@ -216,7 +215,7 @@ def test_every_model_that_can_be_chosen_can_be_built_and_loaded(
         assert model.network.name == name and same_weights(model.network, network)
         assert not model.network.training
         assert not any(parameter.requires_grad for parameter in model.network.parameters())
-        assert mura.file_digest(path) == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert mura.digest(path.read_bytes()) == digest
         assert (model.path, model.shape, model.tta) == (path, (SIDE, "stretch"), True)
         assert (model.temperature, model.study_temperature) == (1.5, 0.8)
         assert (model.threshold, model.threshold_source, model.bad_images) == (0.4, "auto on val", 2)

@@ -37,12 +37,12 @@ class Flag(NamedTuple):
 
 FLAGS = {
     "--data-dir": Flag("TE", "some/folder", Path("some/folder")),
-    "--checkpoint": Flag("TEPXD", "a.pth", (Path("a.pth"),)),
+    "--checkpoint": Flag("TEPXD", "a.pth", [Path("a.pth")]),
     "--cache-dir": Flag("TED", "cache", Path("cache")),
     "--resume": Flag("T", "auto", "auto"),
     "--overwrite": Flag("TEPXD", None, True),
     "--save-every": Flag("TD", "0.5", 0.5),
-    "--tasks": Flag("TE", "ELBOW", ("ELBOW",)),
+    "--tasks": Flag("TE", "ELBOW", ["ELBOW"]),
     "--labels": Flag("TE", "t.csv", Path("t.csv")),
     "--val-split": Flag("TD", "0.25", 0.25),
     "--image-size": Flag("TD", "224", 224),
@@ -226,7 +226,7 @@ def test_the_flags_that_users_type_already() -> None:
     config = mura.parse_options(typed.split())
     assert (config.data_dir, config.model, config.epochs) == (Path("MURA"), "densenet169", 3)
     assert (config.batch_size, config.lr, config.device) == (4, 0.01, "cpu")
-    assert (config.checkpoint, config.tasks) == ((Path("e.pth"),), ("ELBOW", "HAND"))
+    assert (config.checkpoint, config.tasks) == ([Path("e.pth")], ["ELBOW", "HAND"])
     assert config.val_split == 0.2
 
 
@@ -247,10 +247,10 @@ def test_the_help_of_resume_shows_nothing_but_what_may_be_typed() -> None:
 def test_a_flag_given_twice_takes_both() -> None:
     config = mura.parse_options(["--predict", "a", "b", "--checkpoint", "1.pth", "--predict", "c",
                                  "--checkpoint", "2.pth", "3.pth"])
-    assert config.predict == (Path("a"), Path("b"), Path("c"))
-    assert config.checkpoint == (Path("1.pth"), Path("2.pth"), Path("3.pth"))
+    assert config.predict == [Path("a"), Path("b"), Path("c")]
+    assert config.checkpoint == [Path("1.pth"), Path("2.pth"), Path("3.pth")]
     tasks = mura.parse_options([*MODES["T"], "--tasks", "HAND", "--tasks", "ELBOW"]).tasks
-    assert tasks == ("HAND", "ELBOW")
+    assert tasks == ["HAND", "ELBOW"]
 
 
 def test_tta_is_the_models_own_unless_a_flag_says_otherwise() -> None:
@@ -297,7 +297,7 @@ def test_the_demo_has_defaults_of_its_own_which_flags_overrule() -> None:
     words = ["--demo", "--lr", str(ordinary.lr), "--resize", ordinary.resize]
     config = mura.parse_options(words)
     assert (config.lr, config.resize) == (ordinary.lr, ordinary.resize)
-    assert mura.parse_options(["--demo", "--checkpoint", "a.pth"]).checkpoint == (Path("a.pth"),)
+    assert mura.parse_options(["--demo", "--checkpoint", "a.pth"]).checkpoint == [Path("a.pth")]
 
 
 # ---- the help pages ----
