@@ -2196,13 +2196,13 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
 
 
 def grad_cam_above_chance(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Return Grad-CAM's sum over channels, less two standard deviations of that by chance.
+    """Return Grad-CAM's sum over channels, less 1.5 standard deviations of that by chance.
 
     Chance is a random sign for each channel: what a head that has learnt nothing finds, or one
     whose weights were reset (sanity check, arXiv 1810.03292), is within them nearly everywhere.
     """
     contributions = gradients.sum((2, 3), keepdim=True) * activations
-    return contributions.sum(1) - 2 * contributions.square().sum(1).sqrt()
+    return contributions.sum(1) - 1.5 * contributions.square().sum(1).sqrt()
 
 
 def layer_cam(activations: Tensor, gradients: Tensor, negative: float = 0.0) -> Tensor:

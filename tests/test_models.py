@@ -796,7 +796,7 @@ def test_layercam_and_hirescam_of_a_stage_equal_pytorch_grad_cam(
 
 
 def last_map(network: Any, sign: float) -> Tensor:
-    """Return head weights x features of the last stage (CAM, arXiv 1512.04150), less two standard deviations.
+    """Return head weights x features of the last stage (CAM, arXiv 1512.04150), less 1.5 standard deviations.
 
     Each shift of its input by a cell, edge cells repeated, gives every second row and column.
     """
@@ -814,11 +814,11 @@ def last_map(network: Any, sign: float) -> Tensor:
             variance[:, down::2, right::2] = torch.einsum("bchw,c->bhw", output**2, network.head.weight[0] ** 2)
     unshifted = peer_maps(network.name, int(sign))["grad_cam", 3] * cells**2
     torch.testing.assert_close(sign * dense[:, ::2, ::2], unshifted, atol=1e-4, rtol=1e-4)
-    return sign * dense - 2 * variance.sqrt()
+    return sign * dense - 1.5 * variance.sqrt()
 
 
 def test_chance_is_a_random_sign_for_each_channel() -> None:
-    """The standard deviation of the sum is that of many draws; 2 of them are taken off on either side."""
+    """The standard deviation of the sum is that of many draws; 1.5 of them are taken off on either side."""
     generator = torch.Generator().manual_seed(0)
     activations, gradients = torch.rand(2, 1, 300, 3, 4, generator=generator)
     weights = gradients.sum((2, 3), keepdim=True)
@@ -826,17 +826,17 @@ def test_chance_is_a_random_sign_for_each_channel() -> None:
     chance = (signs * weights * activations).sum(1).std(0)
     for sign in (1, -1):
         found = mura.grad_cam_above_chance(activations, sign * gradients)[0]
-        expected = sign * mura.grad_cam(activations, gradients)[0] - 2 * chance
+        expected = sign * mura.grad_cam(activations, gradients)[0] - 1.5 * chance
         torch.testing.assert_close(found, expected, atol=0, rtol=0.05)
 
 
 def test_a_head_that_has_learnt_nothing_makes_no_heat() -> None:
-    """The sanity check of arXiv 1810.03292 in the small: above chance by luck in 2.3 % of the draws."""
+    """The sanity check of arXiv 1810.03292 in the small: above chance by luck in 6.7 % of the draws."""
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(1, 500, 1, 1, generator=generator)
     drawn = torch.randn(1000, 500, 1, 1, generator=generator)
     warm = (mura.grad_cam_above_chance(features, drawn) > 0).float().mean()
-    assert 0.01 < warm < 0.04
+    assert 0.05 < warm < 0.09
     assert (mura.grad_cam_above_chance(features, drawn.abs()) > 0).all(), "where all channels agree"
 
 
