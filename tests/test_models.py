@@ -447,9 +447,9 @@ def test_a_file_gives_the_backbone_and_the_seed_the_head(thin: None, tmp_path: P
     torch.manual_seed(0)
     twin = ThinResNet()
     torch.save(lightning(twin.state_dict()), tmp_path / "twin.ckpt")
-    network, earlier = initial("--weights", tmp_path / "twin.ckpt", "--seed", 4)
+    network, seen = initial("--weights", tmp_path / "twin.ckpt", "--seed", 4)
     plain, _ = initial("--weights", "none", "--seed", 4)
-    assert earlier == {} and network.name == "resnet50"
+    assert not seen and network.name == "resnet50"
     assert torch.equal(network.backbone.layer4.weight, twin.layer4.weight)
     assert torch.equal(network.head.weight, plain.head.weight)
     assert not torch.equal(network.backbone.layer4.weight, plain.backbone.layer4.weight)
@@ -484,9 +484,9 @@ def test_a_model_of_this_program_brings_its_architecture(
     monkeypatch.setitem(mura.ARCHITECTURES, "added", mura.ARCHITECTURES["resnet50"])
     saved, path = mura.Network("added"), tmp_path / "own.pth"
     mura.write_checkpoint(path, model_content(saved))
-    network, earlier = initial("--weights", path, "{no model}")
+    network, seen = initial("--weights", path, "{no model}")
     assert network.name == "added" and same_weights(network, saved)
-    assert earlier["patients"] == {"train": ["p1"], "val": ["p2"]}
+    assert seen == {"p1", "p2"}
     mura.write_checkpoint(path, model_content(mura.Network("resnet50")))
     assert initial("--weights", path, "--model", "resnet50")[0].name == "resnet50"
     line = refusal(initial, "--weights", path, "--model", "densenet169")

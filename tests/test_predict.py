@@ -104,8 +104,8 @@ def logit(probability: Any) -> Any:
     return np.log(np.asarray(probability, float) / (1 - np.asarray(probability, float)))
 
 
-def compute_logits(checkpoint: Path, images: Sequence[Path], tta: bool | None = None) -> np.ndarray:
-    """Return the logits of images, step by step and without the program's Ensemble."""
+def read_batch(checkpoint: Path, images: Sequence[Path]) -> tuple[Any, torch.Tensor]:
+    """Return a model's network and its input, (B, 3, S, S)."""
     content = torch.load(checkpoint, weights_only=True)
     network = mura.Network(content["model"])
     network.load_state_dict(content["state_dict"])
@@ -116,10 +116,16 @@ def compute_logits(checkpoint: Path, images: Sequence[Path], tta: bool | None = 
         inputs = (inputs - inputs.mean((2, 3), keepdims=True)) / std
     else:
         inputs = (inputs - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    batch = torch.from_numpy(np.repeat(inputs, 4 - inputs.shape[1], 1)[:, :3].astype(np.float32))
+    repeated = np.repeat(inputs, 4 - inputs.shape[1], 1)[:, :3].astype(np.float32)
+    return network.eval(), torch.from_numpy(repeated)
+
+
+def compute_logits(checkpoint: Path, images: Sequence[Path], tta: bool | None = None) -> np.ndarray:
+    """Return the logits of images, step by step and without the program's Ensemble."""
+    network, batch = read_batch(checkpoint, images)
     with torch.inference_mode():
-        logits = network.eval()(batch)
-        if content["tta"] if tta is None else tta:
+        logits = network(batch)
+        if torch.load(checkpoint, weights_only=True)["tta"] if tta is None else tta:
             logits = (logits + network(batch.flip(3))) / 2
     return logits.double().numpy()
 
@@ -161,10 +167,29 @@ def trained_thin(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def spread(
     path: Path, content: dict[str, Any], images: Sequence[Path], seed: int, **changes: Any
 ) -> Path:
-    """Write a model with random weights, scaled so that probabilities lie on both sides of 1/2."""
+    """Write a model that calls bright images abnormal, with probabilities on both sides of 1/2.
+
+    Half of the channels of each stage see brightness, the others darkness, with random weights, and
+    the head takes them for what they are: as of a trained network, all of them agree.
+    """
     torch.manual_seed(seed)
-    state = {name: torch.randn_like(value) if value.dim() > 1 else value
-             for name, value in content["state_dict"].items()}
+    state = dict(content["state_dict"])
+    for name, value in state.items():
+        if value.dim() == 4:
+            kinds = [torch.arange(count) < count // 2 for count in value.shape[:2]]
+            weight = torch.rand_like(value) ** 8
+            alike = (kinds[0][:, None] == kinds[1])[..., None, None]
+            if value.shape[1] == 3:
+                alike = 2.0 * kinds[0][:, None, None, None] - 1
+            state[name] = weight * alike
+    write_model(path, content, **changes, state_dict=state)
+    network, features = read_batch(path, images)
+    with torch.inference_mode():
+        for stage in network.architecture.stages:
+            features = network.run_stage(stage, features)
+    cells = features.transpose(0, 1).flatten(1)
+    state["backbone.layer4.bias"] = state["backbone.layer4.bias"] - cells.mean(1)
+    state["head.weight"] = ((2.0 * (torch.arange(len(cells)) < len(cells) // 2) - 1) / cells.std(1))[None]
     write_model(path, content, **changes, state_dict=state)
     logits = compute_logits(path, images)
     scale = 1.5 * torch.load(path, weights_only=True)["temperature"] / logits.std()
