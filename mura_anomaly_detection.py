@@ -3696,7 +3696,8 @@ def draw_explanation(
                 box = [factor * edge for edge in lesion]
                 ImageDraw.Draw(picture).rectangle(box, outline=LESION_COLOR, width=LINE_PIXELS)
         title = f"{printable(view.path.name)}: abnormal {percent(view.probability)}"
-        tiles += [(original, title), (color, f"heat: {scale.cam_class}"), (overlay, "overlay")]
+        heat_title = f"heat: {scale.cam_class}" if heat.any() else f"heat: {scale.cam_class}, none"
+        tiles += [(original, title), (color, heat_title), (overlay, "overlay")]
     draw_tiles(figure, tiles, 3, "\n".join(map(printable, heading)), scale)
 
 

@@ -698,6 +698,27 @@ class EverySecond:
             yield replace(study, views=[view], probability=probability, scale=scale)
 
 
+def test_its_heat_rests_on_the_weights_that_it_learnt(demo: tuple[Path, str]) -> None:
+    """Sanity check of arXiv 1810.03292: with a head drawn anew the maps are other ones, correlation below 0.3."""
+    folder, _ = demo
+    ensemble = mura.load(folder / "demo.pth", device="cpu", precision="fp32").ensemble
+    (model,), fine = ensemble.models, mura.CAM_METHODS["fine"]
+    paths = list(mura.read_lesion_boxes(folder / "MURA-v1.1"))[::8]
+    squares = [mura.resize_square(mura.read_radiograph(path).pixels, *model.shape) for path in paths]
+    images = [torch.from_numpy(np.stack(squares))[:, None]]
+    logits, (learnt,) = ensemble.explain(images, fine, 1.0)
+    abnormal = (logits[0] > 0) & (learnt.amax((1, 2)) > 0)
+    assert abnormal.sum() > len(paths) / 2, "most of them are called so, and have heat"
+    correlations = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model.network.head.reset_parameters()
+        _, (other,) = ensemble.explain(images, fine, 1.0)
+        for first, second in zip(learnt[abnormal].flatten(1), other[abnormal].flatten(1), strict=True):
+            correlations.append(float(np.corrcoef(first, second)[0, 1]) if second.any() else 0.0)
+    assert np.mean(correlations) < 0.3
+
+
 def test_the_demo_is_about_images_that_were_called_abnormal(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,13 @@ def test_the_figure_says_which_class_unit_and_scale() -> None:
         assert figure.get_suptitle() == "study1"
 
 
+def test_a_map_without_heat_says_so() -> None:
+    figure = Figure()
+    mura.draw_explanation(figure, [make_view(0), make_view(left_half(0.1))], ["study1"], SCALE)
+    titles = [text.get_text() for text in figure.axes[0].texts]
+    assert titles[1::3] == ["heat: abnormal, none", "heat: abnormal"]
+
+
 def test_the_colour_bar_has_the_colours_of_the_heat() -> None:
     """Heat of half the scale looks as the middle of the bar, for either class."""
     for cam_class in mura.CLASSES:
