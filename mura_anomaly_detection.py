@@ -1266,6 +1266,7 @@ def unlike_radiograph(radiograph: Radiograph) -> str | None:
 # A scan takes these without opening the files; what is read is IMAGE_FORMATS.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
 CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
+MURA_IMAGES = {"train": 36_808, "valid": 3_197}  # in the lists of version 1.1
 LAYOUT = "expected XR_*/patient*/study*_*/image*.png"
 BAD_FRACTION = 0.01  # more unreadable images than this stop a run, unless told to skip them
 LABEL_WORDS = "0 1 normal abnormal negative positive".split()  # 0, 1, 0, 1, 0, 1
@@ -1291,7 +1292,7 @@ class Scan:
     folder: Path  # what the images' names start from
     records: tuple[ImageRecord, ...]
     notes: tuple[str, ...]
-    is_mura: bool = False  # the folder holds MURA's own lists
+    is_mura: bool = False  # its list has as many images as MURA's
 
 
 def find_data_root(folder: Path) -> Path:
@@ -1426,7 +1427,7 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     notes = [f"{top}: {count} {text}" for text, count in counts.items() if count]
     if not records:
         raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
-    is_mura = bool(listed) and not (root / PHANTOM_LIST).exists()
+    is_mura = len(listed) == MURA_IMAGES.get(split)
     return Scan(split, top, tuple(records), tuple(notes), is_mura)
 
 

@@ -210,10 +210,14 @@ def test_phantoms_are_found_and_are_not_mura(phantoms: Path) -> None:
         assert not scan.is_mura  # so the paper's results do not stand beside theirs
 
 
-def test_a_folder_with_muras_own_lists_is_known_as_mura(tmp_path: Path) -> None:
-    plant(tmp_path, [f"train/{STUDY}/image1.png"])
-    (tmp_path / "train_image_paths.csv").write_text(f"MURA-v1.1/train/{STUDY}/image1.png\n")
-    assert mura.scan_split(tmp_path, "train").is_mura
+@pytest.mark.parametrize(("split", "count"), [("train", 36_808), ("valid", 3_197)])
+def test_muras_own_lists_are_known_as_mura(split: str, count: int, tmp_path: Path) -> None:
+    """By the number of images in them, wherever a copy of MURA lies, and with any of them missing."""
+    plant(tmp_path, [f"{split}/{STUDY}/image1.png"])
+    lines = [f"MURA-v1.1/{split}/{STUDY}/image{number}.png\n" for number in range(1, count + 1)]
+    for listed, is_mura in ((lines, True), (lines[:-1], False), (lines[:1], False)):
+        (tmp_path / f"{split}_image_paths.csv").write_text("".join(listed))
+        assert mura.scan_split(tmp_path, split).is_mura is is_mura
 
 
 def test_any_body_part_of_the_layout_is_taken_and_nothing_else(tmp_path: Path) -> None:
