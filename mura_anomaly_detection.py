@@ -71,6 +71,9 @@ DEMO_DEFAULTS: Content = {
     "weights": "none", "resize": "letterbox", "normalization": "image", "image_size": 96,
     "lr": 1e-3,
 }
+# The choices of --select: 1 where more is better. Each is val_NAME in STEM.history.csv; all but
+# loss and accuracy, which are per image, are METRICS of studies.
+SELECTION = {"loss": -1, "accuracy": 1, "auroc": 1, "kappa": 1}
 HINTS = {  # for flags that people try
     "--train": "training is what happens without --evaluate, --predict, --export or --demo",
     "--test": "use --evaluate; training tests on valid/ at its end by itself",
@@ -224,7 +227,7 @@ class Config:
         256, COUNT_OR_OFF, "training images that BatchNorm statistics are recomputed from before "
         "each validation (arXiv 2105.07576); 0 is off (paper)")
     select: str = training(
-        "accuracy", one_of("accuracy auroc kappa loss"), "metric of val that chooses the epoch: "
+        "accuracy", one_of(" ".join(SELECTION)), "metric of val that chooses the epoch: "
         "accuracy, loss per image; auroc, kappa per study")
     patience: int = training(
         0, COUNT_OR_OFF, "stop after N epochs without a better --select; 0 is never")
@@ -1693,7 +1696,7 @@ def _decode_image(image: CachedImage, size: int, resize: str) -> tuple[CachedIma
 def cache_folder(root: Path) -> Path:
     """Return where the cache lives without --cache-dir: beside the data, or in the user's cache."""
     beside = root / ".mura_cache"
-    if os.access(beside if beside.exists() else root, os.W_OK):
+    if os.access(beside if beside.exists() else beside.parent, os.W_OK):
         return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folder = home / PROGRAM / digest(str(root.resolve()))
@@ -1707,7 +1710,7 @@ def report_bad_images(
     """Return the unreadable images, name -> why, and warn of them: their count, the first ten.
 
     Raises:
-        UserError: with --on-bad-image stop, where more than 1 % are unreadable, or all.
+        UserError: more than 1 % are unreadable (with --on-bad-image stop any, with skip all).
     """
     errors = {image.record.name: image.error for image in images if image.error}
     for name in list(errors)[:10]:
@@ -2101,17 +2104,12 @@ def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> 
 
 def explain_misfit(name: str, given: Iterable[str], misfit: str) -> str:
     """Return why tensors of these names are not a backbone's, and what to do about it."""
-    text = " ".join(f".{key}" for key in given)
-    alike = [other for other, architecture in ARCHITECTURES.items()
-             if all(f".{stage.layers.split()[0]}." in text for stage in architecture.stages)]
     numbered = re.compile(r"(\D+\.)?0\.(\w+\.)?weight")
-    if not alike and any(numbered.fullmatch(key) for key in given):
+    if any(numbered.fullmatch(key) for key in given):
         return ("its layers are numbered, as in an nn.Sequential, so it is not known which is "
                 f"which; save a {name}'s own state_dict")
-    remedy = "give weights of torchvision or timm"
-    if alike and name not in alike:
-        remedy = f"it looks like a {alike[0]}: add --model {alike[0]}"
-    return f"does not fit {name} ({misfit}); {remedy}"
+    return (f"does not fit {name} ({misfit}); give weights of torchvision or timm for it, or the "
+            "--model that they are of")
 
 
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
@@ -2436,7 +2434,7 @@ class Ensemble:
         Args:
             images: as of `logits`.
             method: of CAM_METHODS.
-            sign: 1 explains "abnormal", -1 "normal"; so is the map's.
+            sign: 1 explains "abnormal", -1 "normal".
         """
         rows, maps = [], []
         for model, batch in zip(self.models, images, strict=True):
@@ -2445,7 +2443,7 @@ class Ensemble:
                 logits, heat = class_activation_map(
                     model.network, inputs, method, sign, tta=model.tta)
             rows.append(logits)
-            maps.append(heat * sign / (model.temperature if method.classical else 1))
+            maps.append(heat / (model.temperature if method.classical else 1))
         return torch.stack(rows), maps
 
     def predict_dataset(
@@ -2458,8 +2456,8 @@ class Ensemble:
         number of images that are done.
         """
         count, device = len(datasets[0]), self.hardware.device
-        share = max(1, batch_size // distributed.world_size)
-        batches = split_batches(np.arange(count), share)
+        per_process = max(1, batch_size // distributed.world_size)
+        batches = split_batches(np.arange(count), per_process)
         mine = batches[distributed.rank :: distributed.world_size]
         results: list[Tensor] = []
         for images in zip(*(load_batches(d, mine, device) for d in datasets), strict=True):
@@ -2914,23 +2912,6 @@ def format_value(entry: Mapping[str, Any], digits: int = 3) -> str:
     return value if low == "-" else f"{value} [{low},{high}]"
 
 
-def table_lines(rows: Iterable[Sequence[str]], first: int, others: int) -> list[str]:
-    """Return rows as lines, the first and each of the other cells padded to so many columns."""
-    return [
-        (row[0].ljust(first) + "".join(cell.ljust(others) for cell in row[1:])).rstrip()
-        for row in rows
-    ]
-
-
-def headline_table(heading: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return lines of the headline metrics: of body parts, of models or of differences."""
-    rows = [[heading, *(METRICS[name].heading for name in HEADLINE)]]
-    for name, entry in entries.items():
-        values = [format_value(entry[key], digits=2) for key in HEADLINE]
-        rows.append([shorten(name, 19), *values])
-    return ["", *table_lines(rows, 20, 20)] if entries else []
-
-
 def format_report(report: Mapping[str, Any]) -> str:
     """Return the terminal text of a report, at most 100 columns; its notes stay in the file.
 
@@ -2964,9 +2945,6 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 # ===== 8 training =================================================================================
 
-# The choices of --select: is more better? Each is val_NAME in STEM.history.csv; besides loss and
-# accuracy, which are of images, any of METRICS can be one, of studies.
-SELECTION = {"loss": -1, "accuracy": 1, "auroc": 1, "kappa": 1}
 STUDY_METRICS = [name for name in SELECTION if name not in ("loss", "accuracy")]
 RUN_FILES = (".pth", ".last.pth", ".history.csv", ".history.png", ".split.csv", ".test.csv",
              ".report.json", ".report.png")
@@ -3185,16 +3163,16 @@ class Trainer:
         pieces = zip(images.tensor_split(steps), targets.tensor_split(steps, 1),
                      partners.tensor_split(steps, 1), strict=True)
         sums = torch.zeros(2, device=device)
-        for step, (inputs, own, partner) in enumerate(pieces, 1):
+        for step, (inputs, target, partner) in enumerate(pieces, 1):
             delays = world_size > 1 and step < steps  # gradients are summed over processes once
             with self.forward.no_sync() if delays else contextlib.nullcontext():
                 with self.hardware.autocast():
                     logits = self.forward(self.normalization(inputs))
-                loss = torch.lerp(self.loss(logits, *partner), self.loss(logits, *own), lam)
-                share = loss * (world_size / len(batch))  # DDP averages gradients over processes
-                torch.autograd.backward(self.scaler.scale(share))
+                loss = torch.lerp(self.loss(logits, *partner), self.loss(logits, *target), lam)
+                mean = loss * (world_size / len(batch))  # DDP averages gradients over processes
+                torch.autograd.backward(self.scaler.scale(mean))
             sums[0] += loss.detach()
-            sums[1] += ((logits.detach() > 0) == (own[0] > 0.5)).sum()
+            sums[1] += ((logits.detach() > 0) == (target[0] > 0.5)).sum()
         return sums
 
     def progress_note(self) -> str:
@@ -3279,7 +3257,7 @@ class Trainer:
         self.save_state()
 
     def history_row(self, logits: Floats) -> Row:
-        """Return an epoch's row: loss and accuracy per image, AUROC and kappa per study, at 0.5."""
+        """Return an epoch's row: loss and accuracy per image, other metrics per study, at 0.5."""
         state = self.state
         loss = self.loss(torch.from_numpy(logits), *self.val_targets)
         studies = pool_studies(as_predictions(self.val_set.records, sigmoid(logits)))
@@ -3352,8 +3330,10 @@ class Trainer:
 
     def owns_model(self, path: Path) -> bool:
         """Return whether STEM.pth is of this run: the state's, or saved just before a crash."""
-        if not path.exists() or digest(path.read_bytes()) == self.state.model_digest:
-            return path.exists()
+        if not path.exists():
+            return False
+        if digest(path.read_bytes()) == self.state.model_digest:
+            return True
         found = read_checkpoint(path, "model")
         return bool(found["settings"] == self.settings and found["epoch"] > self.state.epoch)
 
@@ -3898,12 +3878,13 @@ def check_duplicates(
     config: Config, scan: Scan, tested: MuraDataset, shape: Shape
 ) -> tuple[list[str], set[str]]:
     """Return what the report is to say of duplicates, and the names of images to leave out."""
-    datasets, root = {scan.split: tested}, scan.folder.parent
-    if scan.split == "valid" and (root / "train").is_dir():  # as far as it has been decoded
-        train = scan_split(root, "train", config.tasks)
-        parts = open_cache(train, *shape, config.cache_dir or Path(), verify=False)
-        known = [image for image in itertools.chain(*parts) if image.checksum]
-        datasets["training"] = MuraDataset(known)
+    datasets = {scan.split: tested}
+    if scan.split == "valid":
+        with contextlib.suppress(UserError):  # there is no train/, or nothing of these body parts
+            train = scan_split(scan.folder.parent, "train", config.tasks)
+            parts = open_cache(train, *shape, config.cache_dir or Path(), verify=False)
+            known = [image for image in itertools.chain(*parts) if image.checksum]  # decoded so far
+            datasets["training"] = MuraDataset(known)
     notes, concerned = find_duplicates(datasets)
     names = concerned.get(scan.split, set())
     if not names:
@@ -4026,9 +4007,10 @@ def require_own_report(config: Config, scan: Scan) -> None:
                             "abnormal or normal")
         sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
         require_targets(config, "figure", sheets)
-    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or foreign
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
-        is_own |= earlier | report_subject(config, scan) == earlier
+        subject = report_subject(config, scan)
+        is_own |= all(earlier.get(key) == value for key, value in subject.items())
     if not is_own:
         require_new(files, "it is of another split, model or data, or not of this program: use "
                            "another --output, or --overwrite")
@@ -4286,7 +4268,7 @@ class Predictor:
         for heat, model in zip(view.maps[explained], self.ensemble.models, strict=True):
             left, top, right, bottom = letterbox_box(height, width, *model.shape)
             maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
-        view.cam = np.maximum(sign * np.mean(maps, axis=0), 0)
+        view.cam = np.mean(maps, axis=0)
         view.inputs, view.maps = (), {}
         above = sign * log_odds_above(view.probability, self.threshold)
         if not self.method.classical:
@@ -4664,9 +4646,9 @@ def saved_state(config: Config) -> Content:
     path = config.file(".last.pth")
     if config.resume and path.exists():
         content = read_checkpoint(path, "state")
-        if content["version"] != __version__:
-            raise UserError(f"--resume {path}: written by version {content['version']}, this is "
-                            f"{__version__}; start a new run")
+        if not {*LEARNT, *KEPT} <= content["settings"].keys() | content["kept"].keys():
+            raise UserError(f"--resume {path}: written by another version of this program "
+                            f"({content['version']}); start a new run")
         return content
     if config.resume and config.resume != "auto":
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
@@ -4962,17 +4944,17 @@ def pointing_game(
     The pointing game of arXiv 1608.00507, on images that were called abnormal; chance is the box's
     fraction of the image.
     """
-    hits, shares, chances = [], [], []
+    hits, fractions, chances = [], [], []
     for result in results:
         (heatmap,) = result.heatmaps
         left, top, right, bottom = boxes[result.path]
         inside = np.zeros(heatmap.shape, bool)
         inside[top:bottom, left:right] = True
         hits.append(inside.flat[heatmap.argmax()])
-        shares.append(heatmap[inside].sum() / max(heatmap.sum(), 1e-12))
+        fractions.append(heatmap[inside].sum() / max(heatmap.sum(), 1e-12))
         chances.append(inside.mean())
     return (f"heatmap: peak in the lesion's box in {np.mean(hits):.0%} of {len(hits)} abnormal "
-            f"images that were called so, {np.mean(shares):.0%} of the heat in it (by chance "
+            f"images that were called so, {np.mean(fractions):.0%} of the heat in it (by chance "
             f"{np.mean(chances):.0%})")
 
 

@@ -767,6 +767,22 @@ def test_images_of_training_that_are_not_decoded_are_no_duplicates(
     assert not any("pixel-identical" in note for note in report_of(Path("e"))["notes"])
 
 
+@pytest.mark.parametrize("fault", ["empty", "of other body parts", "with a damaged list"])
+def test_a_train_folder_that_cannot_be_searched_costs_no_report(
+    fault: str, evaluate: Ask, phantom_copy: Path
+) -> None:
+    """It is not what is evaluated: its images only cannot be found again in valid/."""
+    train, flags = phantom_copy / "train", ["--tasks", "HUMERUS"]
+    shutil.rmtree(train / "XR_HUMERUS")
+    if fault == "empty":
+        shutil.rmtree(train)
+        train.mkdir()
+    if fault == "with a damaged list":
+        (phantom_copy / "train_image_paths.csv").write_text("no/paths/of/train\n" * 2)
+    assert evaluate("--data-dir", phantom_copy, *flags) == 0
+    assert report_of(Path("e"))["levels"]["image"]["count"] > 0
+
+
 def test_prevalence_is_in_report_and_rows(
     evaluate: Ask, ask: Ask, image: Path, capsys: Captured
 ) -> None:
