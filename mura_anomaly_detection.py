@@ -423,7 +423,6 @@ import os
 import secrets
 import shlex
 import shutil
-import sqlite3
 import tempfile
 import time
 import traceback
@@ -733,7 +732,8 @@ def _csv_cell(value: Any) -> Any:
 
 def digest(content: str | bytes) -> str:
     """Return 16 digits of the SHA-256 of bytes or a text; file names in it may hold any bytes."""
-    return hashlib.sha256(os.fsencode(content)).hexdigest()[:16]
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def json_text(content: object) -> bytes:
@@ -765,18 +765,25 @@ def is_ours(path: Path) -> bool:
 
 @contextlib.contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with the process; UserError where another process has it.
-
-    It is the lock of SQLite on an empty file, for that is one call on every system.
-    """
+    """Hold a lock that dies with the process; UserError where another process has it."""
     require_writable(path)
-    with contextlib.closing(sqlite3.connect(path, timeout=0)) as lock:
+    if path.exists() and path.stat().st_size:  # ours is empty
+        raise UserError(f"{path}: is in the way, and not of this program; use another --checkpoint")
+    with path.open("ab") as file:
         try:
-            lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # no second file
-        except sqlite3.Error as error:
-            raise UserError(f"{path}: another run with this --checkpoint is under way, or it is "
-                            "not of this program; wait for its end or use another --checkpoint",
-                            EXIT_FAILED) from error
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise FileExistsError  # removed by its holder and made anew since it was opened
+        except OSError as error:
+            raise UserError(f"{path}: another run with this --checkpoint is under way; wait for "
+                            "its end or use another --checkpoint", EXIT_FAILED) from error
         try:
             yield
         finally:
@@ -3987,10 +3994,11 @@ def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> No
 
 
 def report_subject(config: Config, scan: Scan) -> Content:
-    """Return what a report is about: its split, models and data, by their real paths."""
+    """Return what a report is about: its split, models by their real paths, names and labels."""
     models = [os.path.realpath(path) for path in config.checkpoint]
-    return {"split": scan.split, "checkpoints": models,
-            "data": " ".join([os.path.realpath(scan.folder), *config.tasks])}
+    lines = [f"{record.name},{record.label}\n" for record in scan.records]
+    data = digest("".join([os.path.realpath(scan.folder), *lines]))
+    return {"split": scan.split, "checkpoints": models, "data": data}
 
 
 def require_own_report(config: Config, scan: Scan) -> None:
@@ -4122,48 +4130,66 @@ def collect_inputs(paths: Iterable[Path]) -> Iterator[Study]:
 def search_folder(top: Path) -> list[Study]:
     """Return the images and studies in a folder, judged by their content.
 
-    A study is what a folder named study1, study1_positive, ... holds of one StudyInstanceUID, or
-    without one; elsewhere, the DICOM files of one StudyInstanceUID. Any other image stands for
-    itself. What is left out is counted.
+    A folder named study1, study1_positive, ... is a study (several, where its DICOM files have
+    several StudyInstanceUIDs), and so are the DICOM files elsewhere of one StudyInstanceUID; any
+    other image stands for itself. What is left out is counted.
     """
-    skipped: list[str] = []
-    found: dict[object, Study] = {}
-    for path in walk_files(top, set()):
-        header, folder = input_header(path), path.parent
-        if not header:
+    closed, skipped, uids = list[OSError](), list[str](), dict[Path, str]()
+    uids_in: defaultdict[Path, set[str]] = defaultdict(set)
+    for path in walk_files(top, closed.append):
+        if header := input_header(path):
+            uids[path] = header.study_uid
+            uids_in[path.parent] |= {header.study_uid} - {""}
+        else:
             skipped.append(path.name)
-            continue
-        uid, is_study = header.study_uid, STUDY_FOLDER.fullmatch(folder.resolve().name)
-        key, place = ((folder, uid), folder) if is_study else (uid or path, path)
+    found: dict[object, Study] = {}
+    for path, uid in uids.items():
+        folder, place = path.parent, path
+        key: object = uid or path
+        if STUDY_FOLDER.fullmatch(os.path.basename(os.path.realpath(folder))):
+            if len(uids_in[folder]) == 1:
+                (uid,) = uids_in[folder]  # also of its files that have none
+            key, place = (folder, uid), folder
         study = found.setdefault(key, Study(place, uid=uid))
         if study.files:
             study.path = Path(os.path.commonpath([study.path, folder]))
         study.files.append(path)
     if skipped:
         warn(f"{top}: {len(skipped)} of the files are no images, left out, such as {skipped[0]}")
-    return list(found.values())
+    errors = [Study(Path(error.filename), error=f"cannot be read ({error.strerror})")
+              for error in closed]
+    return [*found.values(), *errors]
 
 
 def input_header(path: Path) -> ImageHeader | None:
     """Return what a file in a folder says about itself, or None if it is to be left out.
 
-    That is what --predict saved there, and what is no image; but a damaged file with a picture's
+    That is what --predict saved there, and what is no image; but a damaged file with an image's
     suffix is an input, which fails.
     """
     if path.name.endswith(HEATMAP_ENDING) and is_ours(path):
         return None
-    is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() != ".dcm"
-    return read_header(path) or (ImageHeader() if is_picture else None)
+    header = read_header(path)
+    if header or path.suffix.lower() not in IMAGE_SUFFIXES:
+        return header
+    is_report = False
+    with OPTIONAL:
+        if path.is_file():
+            with path.open("rb") as file:
+                is_report = _image_format(file.read(HEAD_BYTES)) == "DICOM"
+    return None if is_report else ImageHeader()
 
 
-def walk_files(folder: Path, seen: set[str]) -> Iterator[Path]:
+def walk_files(top: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
     """Yield the files below a folder, but hidden ones; links are followed, each folder once."""
-    place = os.path.realpath(folder)
-    if place not in seen:
+    seen: set[str] = set()
+    for folder, *children in os.walk(top, onerror=onerror, followlinks=True):
+        place = os.path.realpath(folder)
+        for names in children:
+            visible = [name for name in names if name[0] != "." and place not in seen]
+            names[:] = sorted(visible, key=natural_key)
         seen.add(place)
-        yield from (folder / name for name in file_names(folder))
-        for name in subfolders(folder):
-            yield from walk_files(folder / name, seen)
+        yield from (Path(folder, name) for name in children[1])
 
 
 # ---- predict: from files to results ----
@@ -4189,8 +4215,8 @@ class Predictor:
         """
         inputs = list(collect_inputs([Path(path)]))
         if len(inputs) > 1:
-            raise UserError(f"{path}: holds {len(inputs)} images or studies; name one of them (a "
-                            "study's folder is called study1, study2, ...)")
+            raise UserError(f"{path}: holds {len(inputs)} images or studies; name one image, or "
+                            "put each study into a folder of its own called study1, study2, ...")
         (study,) = self.studies(inputs)
         if not study.label:
             raise UserError(f"{path}: {study.error}", EXIT_FAILED)
@@ -4293,7 +4319,7 @@ def predict_command(config: Config, signals: StopSignals) -> int:
     inputs = list(collect_inputs(config.predict))
     for flag, path in (("output", config.output), ("save-cam", config.save_cam)):
         if path:
-            require_targets(config, flag, [path])
+            require_targets(config, flag, [path], inputs)
     figures, predictor = figure_files(config, inputs), load_predictor(config)
     draw = config.figure or len(inputs) == 1
     show = draw and can_show(config.no_show)
@@ -4346,7 +4372,7 @@ def figure_files(config: Config, inputs: Sequence[Study]) -> list[Path | None]:
             raise UserError(f"--figure {figure}: name a folder for several inputs")
         files = [figure]
     try:
-        require_targets(config, "figure", files)
+        require_targets(config, "figure", files, inputs)
     except UserError as error:
         if figure:
             raise
@@ -4355,14 +4381,21 @@ def figure_files(config: Config, inputs: Sequence[Study]) -> list[Path | None]:
     return [*files]
 
 
-def require_targets(config: Config, flag: str, paths: Sequence[Path]) -> None:
+def require_targets(
+    config: Config, flag: str, paths: Sequence[Path], inputs: Iterable[Study] = ()
+) -> None:
     """Check before the work that the files of a flag can be written and replace nothing foreign.
 
     Raises:
-        UserError: one cannot be written, or is there and not of this program.
+        UserError: one is read, cannot be written, or is there and not of this program.
     """
+    read = {*map(os.path.realpath, config.checkpoint)}
+    for study in inputs:
+        read.update(map(os.path.realpath, study.files))
     require_writable(paths[0])
     for path in paths:
+        if os.path.realpath(path) in read:
+            raise UserError(f"--{flag} {path}: is an input, and would be replaced")
         if path.exists() and not config.overwrite and not is_ours(path):
             raise UserError(f"--{flag} {path}: is there and not a file of this program; choose "
                             "another name, or --overwrite")
@@ -4615,6 +4648,7 @@ def train_command(config: Config, signals: StopSignals) -> int:
         content = saved_state(config)
         if content:
             config = resumed_config(config, content)
+        require_writable(config.checkpoint[0])
         hardware, distributed = start(config)
         distributed.require_shared(config.file(".lock"))
         config, scan = scan_data(config, "train")
@@ -4654,8 +4688,9 @@ def saved_state(config: Config) -> Content:
         raise UserError(f"--resume: there is no {path}; --resume auto starts a new run in such a "
                         "case")
     if not config.overwrite and is_main_process():
-        require_new(map(config.file, RUN_FILES), "--resume continues that run, --overwrite "
-                    "replaces it, or use another --checkpoint")
+        goes_on = "--resume continues that run, " if path.exists() else ""
+        require_new(map(config.file, RUN_FILES), f"{goes_on}--overwrite replaces it, or use "
+                    "another --checkpoint")
     return {}
 
 

@@ -176,7 +176,7 @@ def test_the_api_finds_in_a_folder_what_the_command_finds(
     picture = mura.save_explanation(*expected.explanation)  # as --predict saves it beside an image
     (folder / "image1_heatmap.png").write_bytes(picture)
     assert model.predict(folder).probability == expected.probability
-    with pytest.raises(mura.UserError, match="holds 2 images or studies; name one of them"):
+    with pytest.raises(mura.UserError, match="holds 2 images or studies; name one image, or"):
         shutil.copytree(folder, tmp_path / "study8")
         model.predict(tmp_path)
 

@@ -580,6 +580,34 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     assert names(path.parent) == set()
 
 
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: bool
+) -> None:
+    """The run that held it ends between `open` and lock; a third may have made the file anew."""
+    path, lock = tmp_path / "run.lock", fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        path.unlink()
+        if third:
+            path.touch()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(mura.UserError, match="another run"):
+        mura.run_lock(path).__enter__()
+    assert path.exists() == third
+
+
+@pytest.mark.parametrize("content", [b"mine", b"SQLite format 3\0"])
+def test_a_foreign_file_in_the_place_of_the_lock_stays(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.write_bytes(content)
+    with pytest.raises(mura.UserError, match="run.lock: is in the way"):
+        mura.run_lock(path).__enter__()
+    assert path.read_bytes() == content
+
+
 def test_a_lock_that_a_crash_left_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
 

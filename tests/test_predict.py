@@ -518,16 +518,35 @@ def test_the_report_of_other_data_is_not_replaced(
     assert evaluate("--tasks", "HUMERUS", "--overwrite") == 0
 
 
+def test_the_report_of_another_table_is_not_replaced(
+    evaluate: Ask, valid: list[Path], tmp_path: Path, capsys: Captured
+) -> None:
+    """Nor that of a table that was changed, or of one with its name in another folder."""
+    rows = [f"{path},{int('positive' in path.parent.name)}" for path in valid]
+
+    def write(table: str, lines: list[str]) -> str:
+        Path(table).parent.mkdir(exist_ok=True)
+        Path(table).write_text("path,label\n" + "\n".join(lines))
+        return table
+
+    first = write("t.csv", rows)
+    assert evaluate("--labels", first) == evaluate("--labels", first) == 0
+    before = Path("e.report.json").read_bytes()
+    other = [f"{rows[0][:-1]}{1 - int(rows[0][-1])}", *rows[1:]]
+    for table, lines in (("t.csv", rows[2:]), ("t.csv", other), ("s/t.csv", rows[2:])):
+        assert evaluate("--labels", write(table, lines)) == mura.EXIT_USAGE
+        assert "it is of another split, model or data" in capsys.readouterr().err
+    assert Path("e.report.json").read_bytes() == before
+
+
 def test_the_report_of_a_model_that_is_named_otherwise_is_its_own(
-    evaluate: Ask, pair: list[Path], phantoms: Path, capsys: Captured,
-    monkeypatch: pytest.MonkeyPatch,
+    evaluate: Ask, pair: list[Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a relative path, or by a link; another folder's model of that name is another one."""
-    monkeypatch.setattr(mura, "load_ensemble", stop)
+    assert evaluate() == 0
+    monkeypatch.setattr(mura, "evaluate_ensemble", stop)
     Path("link.pth").symlink_to(pair[0])
-    own = {"split": "valid", "checkpoints": [os.path.realpath(pair[0])],
-           "data": os.path.realpath(phantoms / "valid")}
-    Path("e.report.json").write_text(json.dumps(own))
+    capsys.readouterr()
     for name in (os.path.relpath(pair[0]), "link.pth"):
         assert evaluate(models=[Path(name)]) == mura.EXIT_USAGE
         assert "it began" in error_line(capsys.readouterr())
@@ -1043,7 +1062,7 @@ def test_a_dicom_report_beside_the_images_is_left_out(
     assert "1 of the files are no images, left out, such as report.dcm" in line
 
 
-def test_linked_folders_are_searched_once_and_closed_ones_named(
+def test_linked_folders_are_searched_once_and_closed_ones_reported(
     ask: Ask, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     plant(tmp_path, image, "top/x.png", "elsewhere/study1/image1.png", "top/closed/y.png")
@@ -1058,11 +1077,11 @@ def test_linked_folders_are_searched_once_and_closed_ones_named(
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert ask(tmp_path / "top", "--output", "r.csv") == 0
-    paths = {row["path"].removeprefix(f"{tmp_path}/") for row in read_rows(Path("r.csv"))}
-    assert paths == {"top/x.png", "top/ward/link/study1"}
-    assert (f"{tmp_path / 'top' / 'closed'}: skipped, it cannot be read (Permission denied)"
-            in capsys.readouterr().err)
+    assert ask(tmp_path / "top", "--output", "r.csv") == mura.EXIT_SOME_FAILED
+    rows = {row["path"].removeprefix(f"{tmp_path}/"): row for row in read_rows(Path("r.csv"))}
+    assert set(rows) == {"top/x.png", "top/ward/link/study1", "top/closed"}
+    assert "Permission denied" in rows["top/closed"]["error"]
+    assert f"{tmp_path / 'top' / 'closed'}: " in capsys.readouterr().err
 
 
 def new_dicom(kind: str) -> pydicom.Dataset:
@@ -1135,16 +1154,18 @@ def test_a_damaged_view_is_told_and_not_left_out(
     folder = plant(tmp_path, image, "study1/a.png") / "study1"
     whole = write_dicom(tmp_path / "whole", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
     damaged = {"b.png": b"", "c.png": b"no image", "d.dcm": whole.read_bytes()[:200]}
+    shutil.copy(whole, folder / "f.dcm")
     for name, content in damaged.items():
         (folder / name).write_bytes(content)
     (folder / "e.png").symlink_to("nowhere.png")
     assert ask(folder, "--output", "r.json") == mura.EXIT_SOME_FAILED
     (row,) = read_json("r.json")
     assert row["prediction"] and [Path(view["path"]).name for view in row["views"]] == [
-        "a.png", "b.png", "c.png", "d.dcm", "e.png"]
+        "a.png", "b.png", "c.png", "d.dcm", "e.png", "f.dcm"]
+    assert row["study_uid"] == "1.2.3"
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
-    assert "1 of 5 views" in capsys.readouterr().out
-    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 5
+    assert "2 of 6 views" in capsys.readouterr().out
+    assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
 
 
 def test_a_study_folder_of_two_examinations_is_two_studies(
@@ -1164,10 +1185,9 @@ def test_a_study_folder_of_two_examinations_is_two_studies(
     model = mura.load(pair[0], device="cpu")
     with pytest.raises(mura.UserError, match="study1: holds 3 images or studies"):
         model.predict(folder)
-    for name in ("b", "d.png"):
-        (folder / name).unlink()
+    (folder / "b").unlink()
     found = model.predict(folder)
-    assert (found.uid, len(found.views)) == ("1.2.3.1", 2)
+    assert (found.uid, len(found.views)) == ("1.2.3.1", 3)
 
 
 # ---- what --predict answers ----
@@ -1683,6 +1703,22 @@ def test_a_foreign_file_in_the_folder_of_figures_is_not_replaced(
     before = foreign.read_bytes()
     assert ask(image, image, "--figure", "figures") == mura.EXIT_USAGE
     assert str(foreign) in error_line(capsys.readouterr()) and foreign.read_bytes() == before
+
+
+def test_an_input_is_never_replaced(ask: Ask, image: Path, capsys: Captured) -> None:
+    """By whatever name, and with --overwrite too."""
+    plant(Path(), image, "scan.png", "scan.csv", "sub/study1/a.npz", "sub/study1/b.png")
+    Path("link.png").symlink_to("scan.png")
+    before = image.read_bytes()
+    for arguments in (["scan.png", "--figure", "./scan.png"], ["scan.png", "--figure", "link.png"],
+                      ["link.png", "--figure", "scan.png"], ["scan.csv", "--output", "scan.csv"],
+                      ["sub", "--save-cam", "sub/study1/a.npz"]):
+        capsys.readouterr()
+        assert ask(*arguments, "--overwrite") == mura.EXIT_USAGE
+        line = error_line(capsys.readouterr())
+        assert f"{arguments[1]} {Path(arguments[2])}: is an input" in line
+    for name in ("scan.png", "scan.csv", "sub/study1/a.npz"):
+        assert Path(name).read_bytes() == before
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
