@@ -541,11 +541,11 @@ def test_the_files_of_a_run_keep_the_dots_of_its_name(name: str) -> None:
     """Of run.v1 and run.v2 neither writes over the other."""
     folder, stem = Path("runs.old"), name.removesuffix(".pth")
     training = mura.parse_options([*MODES["T"], "--checkpoint", str(folder / name)])
-    output = str(folder / f"{stem}.csv")
-    test = mura.parse_options([*MODES["E"], "--checkpoint", "m.pth", "--output", output])
-    bare = mura.parse_options([*MODES["E"], "--checkpoint", "m.pth", "--output", str(folder / stem)])
+    evaluate = [*MODES["E"], "--checkpoint", "m.pth", "--output"]
+    tests = [mura.parse_options([*evaluate, str(folder / f"{stem}{suffix}")])
+             for suffix in (".csv", ".json", "")]
     for ending in (".last.pth", ".report.json", ".history.csv"):
-        found = {config.file(ending) for config in (training, test, bare)}
+        found = {config.file(ending) for config in (training, *tests)}
         assert found == {folder / f"{stem}{ending}"}
 
 
