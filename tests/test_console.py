@@ -258,7 +258,8 @@ def test_what_killed_processes_left_is_removed_after_a_while(tmp_path: Path) -> 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for name in ("file/f.csv", "folder", "file/g/f.csv", "n" * 300):
+    (tmp_path / "link").symlink_to("file/f.csv")  # what counts is the place it points to
+    for name in ("file/f.csv", "folder", "file/g/f.csv", "link", "n" * 300):
         path = tmp_path / name
         for call in (mura.require_writable, lambda path: mura.atomic_write(path, b"")):
             with pytest.raises(mura.UserError) as caught:
@@ -266,7 +267,7 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path)
             assert str(caught.value).startswith(f"{path}: cannot be written (")
             assert caught.value.exit_code == mura.EXIT_FAILED
     mura.require_writable(tmp_path / "new" / "f.csv")
-    assert names(tmp_path) <= {"file", "folder", "new"}
+    assert names(tmp_path) <= {"file", "folder", "link", "new"}
     assert not (tmp_path / "new" / "f.csv").exists()
 
 
