@@ -595,6 +595,8 @@ def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path):
     deep = tiff(values.astype(np.float64))  # of a kind that cannot be decoded
     assert (read(tmp_path, linked(tiff(values), deep, subfile=1), "a.tif") == values).all()
     assert "several frames" in reason_of(tmp_path, linked(tiff(values), deep), "a.tif")
+    packed = tiff(values[::2, ::2], tags={259: 34712})  # JPEG 2000; its shape is known all the same
+    assert (read(tmp_path, linked(tiff(values), packed), "a.tif") == values).all()
 
 
 @pytest.mark.parametrize("shape", [(12, 16), (101, 67), (9, 300)])
