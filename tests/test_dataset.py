@@ -589,6 +589,14 @@ def test_a_damaged_line_is_named_by_file_and_number(
     assert "restore the file from the archive or delete it" in one_line(error)
 
 
+def test_a_damaged_first_line_is_no_header(tmp_path: Path) -> None:
+    """Passed over, it would leave its study with the label of the name."""
+    plant(tmp_path, [f"train/{STUDY}/image1.png"])
+    (tmp_path / "train_labeled_studies.csv").write_text(f"MURA-v1.1/train/{STUDY}/,2\n")
+    with pytest.raises(mura.UserError, match=r"train_labeled_studies\.csv: line 1 "):
+        mura.scan_split(tmp_path, "train")
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\0\1", b"MURA-v1.1/train/\x80\x81,1\n"])
 def test_a_list_that_is_no_text_is_named(content: bytes, tmp_path: Path) -> None:
     plant(tmp_path, [f"train/{STUDY}/image1.png"])
