@@ -1724,6 +1724,17 @@ def test_several_processes_learn_and_test_as_one(
     assert {path.name for path in tmp_path.iterdir()} <= FILES
 
 
+def test_several_processes_evaluate_as_one(
+    data: Path, alone: Path, trials: Trials, tmp_path: Path
+) -> None:
+    command = ("--evaluate", "--data-dir", data, "--checkpoint", alone, "--output",
+               tmp_path / "run.csv", "--device", "cpu", "--precision", "fp32", "--bootstrap", "100")
+    assert trials.run_ranks([command] * 2, batch_norm=False) == [0, 0], trials.tail()
+    found = read_probabilities(tmp_path / "run.pth")
+    assert found == pytest.approx(read_probabilities(alone), abs=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} <= FILES
+
+
 @pytest.mark.parametrize("precise_bn", ["0", "5"])
 def test_all_processes_evaluate_the_network_that_is_saved(
     precise_bn: str, untested: Path, trials: Trials, tmp_path: Path
