@@ -974,6 +974,10 @@ def test_the_text_leaves_out_what_repeats() -> None:
     assert "XR_KNEE" not in one
     single = mura.format_report(report_of(two_views().take(np.arange(0, 280, 2))))
     assert "images" not in single
+    both = mura.format_report(report_of(two_views(60, ("XR_KNEE",)).take(np.arange(0, 120, 2))))
+    headings = [[line for line in text.splitlines() if line.startswith(" ")]
+                for text in (several, one, single, both)]
+    assert list(map(len, headings)) == [1, 1, 1, 0], "no heading without a row"
 
 
 def test_the_text_shows_undefined_as_a_dash() -> None:
