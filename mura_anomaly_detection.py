@@ -1748,7 +1748,7 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         self.images = [image for image in images if not image.error]
         self.records = tuple(image.record for image in self.images)
         self.labels = np.array([record.label for record in self.records], np.int64)
-        self.transform = transform
+        self.transform, self.arrays = transform, dict[Path, Array]()
 
     @classmethod
     def from_folder(
@@ -1776,11 +1776,15 @@ class MuraDataset(torch.utils.data.Dataset[tuple[Any, int]]):
         image = self.batch(np.array([index]))[0]
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
+    def __getstate__(self) -> Content:
+        return {**self.__dict__, "arrays": {}}  # mapped again in the worker process
+
     def batch(self, indices: Array) -> Tensor:
         """Return images, (B, 1, S, S) uint8."""
         chosen = [self.images[i] for i in indices.tolist()]
-        rows = {path: np.load(path, mmap_mode="r") for path in {image.path for image in chosen}}
-        return torch.from_numpy(np.stack([rows[i.path][i.row] for i in chosen]))[:, None]
+        for path in {image.path for image in chosen} - self.arrays.keys():
+            self.arrays[path] = np.load(path, mmap_mode="r")
+        return torch.from_numpy(np.stack([self.arrays[i.path][i.row] for i in chosen]))[:, None]
 
     def fingerprint(self) -> str:
         """Return a digest of names, labels and pixels, which tells this set from any other."""
