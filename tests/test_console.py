@@ -604,7 +604,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
 def test_a_foreign_file_in_the_place_of_the_lock_stays(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     path.write_bytes(content)
-    with pytest.raises(mura.UserError, match="run.lock: is in the way"):
+    with pytest.raises(mura.UserError, match=r"run\.lock: is in the way"):
         mura.run_lock(path).__enter__()
     assert path.read_bytes() == content
 
