@@ -2230,9 +2230,9 @@ class CamMethod:
 
     Each map is placed cell by cell (the last stage has two for one, see `shift_last_stage`),
     averaged over flips and only then clipped at 0, so that what speaks for and against the class
-    nearby cancels. The product's peak is the calibrated log odds
-    of the explained class above the threshold, and it is 0 where that class was not predicted. A
-    `classical` map is clipped first, enlarged bilinearly, and in logits by itself.
+    nearby cancels. The product's peak is the calibrated log odds of the explained class above the
+    threshold, and it is 0 where that class was not predicted. A `classical` map is clipped first,
+    enlarged bilinearly, and in logits by itself.
     """
 
     terms: tuple[tuple[int, CamRule], ...]  # stage and rule of each map
