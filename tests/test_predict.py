@@ -536,6 +536,7 @@ def test_the_report_of_another_table_is_not_replaced(
     for table, lines in (("t.csv", rows[2:]), ("t.csv", other), ("s/t.csv", rows[2:])):
         assert evaluate("--labels", write(table, lines)) == mura.EXIT_USAGE
         assert "it is of another split, model or data" in capsys.readouterr().err
+    assert evaluate("--labels", write("s/t.csv", rows), "--data-dir", "s") == mura.EXIT_USAGE
     assert Path("e.report.json").read_bytes() == before
 
 
@@ -1703,6 +1704,18 @@ def test_a_foreign_file_in_the_folder_of_figures_is_not_replaced(
     before = foreign.read_bytes()
     assert ask(image, image, "--figure", "figures") == mura.EXIT_USAGE
     assert str(foreign) in error_line(capsys.readouterr()) and foreign.read_bytes() == before
+
+
+def test_a_model_is_never_replaced(
+    ask: Ask, image: Path, pair: list[Path], capsys: Captured
+) -> None:
+    """A model of any name is of this program, which its output may replace."""
+    shutil.copy(pair[0], "model.csv")
+    before = Path("model.csv").read_bytes()
+    for flags in ([], ["--overwrite"]):
+        assert ask(image, "--checkpoint", "model.csv", "--output", "./model.csv", *flags) == mura.EXIT_USAGE
+        assert "--output model.csv: is an input" in error_line(capsys.readouterr())
+    assert Path("model.csv").read_bytes() == before
 
 
 def test_an_input_is_never_replaced(ask: Ask, image: Path, capsys: Captured) -> None:
