@@ -2050,14 +2050,14 @@ class Network(nn.Module):
         return features
 
     def shift_last_stage(self, features: Tensor) -> Sequence[Tensor]:
-        """Return the last stage's outputs (B, C, h, w) for its input shifted by 0 or 1 cells.
+        """Return the last stage's outputs (B, C, h, w) for its input shifted by a cell.
 
-        Left, and then up: stitched together they have twice the cells (arXiv 1411.4038, 3.2).
+        Left, up, and both: stitched to that of its input as it is (see `stitch`) they have twice
+        the cells (arXiv 1411.4038, section 3.2).
         """
-        shifts = itertools.product((0, 1), repeat=2)
         inputs = [functional.pad(features, (0, right, 0, down), "replicate")[..., down:, right:]
-                  for down, right in shifts]
-        return self.run_stage(self.architecture.stages[-1], torch.cat(inputs)).chunk(4)
+                  for down, right in ((0, 1), (1, 0), (1, 1))]
+        return self.run_stage(self.architecture.stages[-1], torch.cat(inputs)).chunk(3)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits (B,) of the last stage's output; in fp32 also under autocast."""
@@ -2277,7 +2277,7 @@ def stage_maps(
     for index, rule in method.terms:
         stage, gradient = stages[index], gradients[index - first].float()
         if index == last and not method.classical:
-            shifted = network.shift_last_stage(outputs[last])
+            shifted = outputs[-1], *network.shift_last_stage(outputs[last])
             found = stitch(torch.stack([rule(output.float(), gradient) for output in shifted]))
             stage = replace(stage, stride=stage.stride // 2)
         else:
@@ -2288,7 +2288,7 @@ def stage_maps(
 
 
 def stitch(maps: Tensor) -> Tensor:
-    """Return maps (4, B, h, w) of shifted inputs with their cells side by side, (B, 2h, 2w)."""
+    """Return maps (4, B, h, w) with their cells side by side, (B, 2h, 2w)."""
     return functional.pixel_shuffle(maps.transpose(0, 1), 2)[:, 0]
 
 

@@ -130,7 +130,8 @@ def placement(study: Study, squares: int = 40) -> None:
             with torch.no_grad():
                 for index, stage in enumerate(network.architecture.stages):
                     if stage is network.architecture.stages[-1]:
-                        outputs = torch.stack(list(network.shift_last_stage(features)))
+                        unshifted, shifted = network.run_stage(stage, features), network.shift_last_stage(features)
+                        outputs = torch.stack([unshifted, *shifted])
                         change = mura.stitch((outputs[:, 1:] - outputs[:, :1]).square().sum(2))
                         stage = replace(stage, stride=stage.stride // 2)
                     else:

@@ -196,8 +196,9 @@ def test_errors_of_the_api_name_the_file(small: Path, tmp_path: Path, here: Path
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_text("no image")
     for name in ("missing.png", "empty", "bad.png"):
-        with pytest.raises(mura.UserError, match=re.escape(name)):
+        with pytest.raises(mura.UserError, match=re.escape(name)) as caught:
             model.predict(tmp_path / name)
+        assert caught.value.exit_code == mura.EXIT_FAILED, "as of the command"
 
 
 def test_a_result_draws_its_figure(small: Path, study: Path) -> None:

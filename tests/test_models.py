@@ -841,6 +841,12 @@ def test_a_head_that_has_learnt_nothing_makes_no_heat() -> None:
     assert (mura.grad_cam_above_chance(features, drawn.abs()) > 0).all(), "where all channels agree"
 
 
+def stack_shifts(network: Any, features: Tensor) -> Tensor:
+    """Return the last stage's outputs for its input as it is and shifted, (4, B, C, h, w)."""
+    unshifted = network.run_stage(network.architecture.stages[-1], features)
+    return torch.stack([unshifted, *network.shift_last_stage(features)])
+
+
 def test_shifts_of_the_last_stage_are_its_dilated_convolutions() -> None:
     """As torchvision builds them (`replace_stride_with_dilation`), where padding is not felt."""
     network = network_of("resnet50")
@@ -849,7 +855,7 @@ def test_shifts_of_the_last_stage_are_its_dilated_convolutions() -> None:
     features = torch.rand(2, network.backbone.layer4[0].conv1.in_channels, 24, 24)
     with torch.inference_mode():
         expected = dilated.layer4(features)
-        shifted = torch.stack(list(network.shift_last_stage(features)))
+        shifted = stack_shifts(network, features)
     for channel in (0, 17):
         stitched = mura.stitch(shifted[:, :, channel])
         assert stitched.shape == (2, 24, 24) and stitched[:, 7:-7, 7:-7].std() > 0
@@ -1071,7 +1077,7 @@ def square_distances(network: Any, side: int, squares: int) -> np.ndarray:
     with torch.inference_mode():
         for stage in network.architecture.stages:
             if stage is network.architecture.stages[-1]:
-                outputs, stage = torch.stack(list(network.shift_last_stage(features))), replace(stage, stride=16)
+                outputs, stage = stack_shifts(network, features), replace(stage, stride=16)
                 change = mura.stitch((outputs[:, 1:] - outputs[:, :1]).square().sum(2))
             else:
                 features = network.run_stage(stage, features)
