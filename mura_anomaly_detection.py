@@ -452,7 +452,7 @@ Array = np.ndarray  # the docstring says shape and unit
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]  # grey, 0 black to 255 white, (H, W)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-Shape = tuple[int, str]  # side in pixels and --resize of a network's input
+Resizing = tuple[int, str]  # side in pixels and --resize: arguments of resize_square
 
 # ===== 2 console and files ========================================================================
 
@@ -714,7 +714,7 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+def csv_text(rows: Iterable[Content], columns: Sequence[str]) -> bytes:
     """Return rows as CSV; None and NaN become empty cells, control characters are escaped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -850,8 +850,8 @@ def check_archive(file: IO[bytes]) -> None:
 
 
 # ===== 3 decoding =================================================================================
-# What is read how, and by which source, stands in tests/DECODING.md. A further format is an entry
-# of IMAGE_FORMATS by Pillow's name, its suffix one of IMAGE_SUFFIXES, and CACHE_VERSION rises.
+# What is read how, and by which source, stands in tests/DECODING.md. A further format changes these
+# three: its first bytes by Pillow's name, its suffix, and the version.
 
 IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start Ghostscript
     # DICOM: with preamble, or from its first tag on
@@ -860,6 +860,9 @@ IMAGE_FORMATS = re.compile(  # first bytes, by Pillow's names; EPS would start G
     rb"|(?P<GIF>GIF8[79]a)|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
     rb"|(?P<WEBP>RIFF.{4}WEBP)"
 )
+# Files of these names are taken for images without opening them, while a folder is scanned.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
+CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
 HEAD_BYTES = 65_536  # holds the first bytes of every format and the file meta of DICOM
 MAX_BYTES = 1 << 29  # holds MAX_PIXELS of 16-bit RGBA
 MAX_PIXELS = 36_000_000  # 60 x 60 cm at 100 um: a gigabyte of memory; judged by the header
@@ -1273,9 +1276,6 @@ def unlike_radiograph(radiograph: Radiograph) -> str | None:
 
 # ===== 4 data set =================================================================================
 
-# A scan takes these without opening the files; what is read is IMAGE_FORMATS.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
-CACHE_VERSION = 4  # raise it when decoding or resizing changes: older caches are then not used
 MURA_IMAGES = {"train": 36_808, "valid": 3_197}  # in the lists of version 1.1
 LAYOUT = "expected XR_*/patient*/study*_*/image*.png"
 BAD_FRACTION = 0.01  # more unreadable images than this stop a run, unless told to skip them
@@ -2085,7 +2085,7 @@ def imagenet_weights(name: str) -> Content:
             EXIT_FAILED) from error
 
 
-def load_backbone(network: Network, content: Mapping[str, Any], source: str) -> None:
+def load_backbone(network: Network, content: Content, source: str) -> None:
     """Load the backbone from a state_dict of torchvision or timm; UserError where it does not fit.
 
     Nesting as by Lightning ({"state_dict": ...}) and prefixes as by DataParallel ("module.") are
@@ -2123,7 +2123,7 @@ def explain_misfit(name: str, given: Iterable[str], misfit: str) -> str:
             "--model that they are of")
 
 
-def require_finite(tensors: Mapping[str, Any], source: str) -> None:
+def require_finite(tensors: Content, source: str) -> None:
     """Refuse weights that hold NaN or infinity, in one line that names the tensor."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -2372,7 +2372,7 @@ class LoadedModel:
     patients: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of train and val
 
     @property
-    def shape(self) -> Shape:
+    def resizing(self) -> Resizing:
         """What its input is resized to, and how."""
         return self.image_size, self.resize
 
@@ -2912,7 +2912,7 @@ def choose_threshold(rule: str, studies: Predictions) -> float:
     return float(thresholds[ranks.index(max(ranks))])
 
 
-def format_value(entry: Mapping[str, Any], digits: int = 3) -> str:
+def format_value(entry: Content, digits: int = 3) -> str:
     """Return a metric with its interval, '-' where undefined.
 
     >>> format_value({"value": 0.92912, "low": 0.9014, "high": 0.95})
@@ -2924,7 +2924,7 @@ def format_value(entry: Mapping[str, Any], digits: int = 3) -> str:
     return value if low == "-" else f"{value} [{low},{high}]"
 
 
-def format_report(report: Mapping[str, Any]) -> str:
+def format_report(report: Content) -> str:
     """Return the terminal text of a report, at most 100 columns; its notes stay in the file.
 
     Every metric of the studies, then a table of the headline metrics of whatever else there is.
@@ -3050,7 +3050,7 @@ class Trainer:
     hardware: DevicePrecision
     distributed: Distributed  # the processes that share each batch
     signals: StopSignals  # SIGINT and SIGTERM stop the run between two batches
-    facts: Content  # stored with the model: patients, body parts, number of bad images
+    trained_on: Content  # stored with the model: patients, body parts, number of bad images
 
     def __post_init__(self) -> None:
         config, hardware, train = self.config, self.hardware, self.train_set
@@ -3156,25 +3156,35 @@ class Trainer:
         return functional.binary_cross_entropy_with_logits(
             logits.float(), labels, weights, reduction="sum")
 
+    def augmented(self, batch: Array, pixels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return a batch as it is learnt from, for `batch` and `pixels` see `train_step`.
+
+        Returns:
+            images (b, 1, S, S), 0 to 1; their labels and weights (2, b); and mixup's lam: the rest
+            of an image is the next one, in pixels and in the loss.
+        """
+        config, device, state = self.config, self.hardware.device, self.state
+        parameters = draw_augmentation(config, len(batch), state.epoch, state.batch)[self.mine]
+        images = augment(to_unit(pixels), parameters.to(device, non_blocking=True))
+        targets = self.train_targets[:, batch[self.mine]].to(device, non_blocking=True)
+        lam = draw_mixup(config, state.epoch, state.batch)
+        return torch.lerp(images.roll(-1, 0), images, lam), targets, lam
+
     def backward(self, batch: Array, pixels: Tensor) -> Tensor:
         """Compute gradients of a batch as in `train_step`, in micro-batches.
 
         Returns:
             (2,) this process's sum of losses, and number of images right by their own labels.
         """
-        config, device, world_size = self.config, self.hardware.device, self.distributed.world_size
-        key = self.state.epoch, self.state.batch
-        parameters = draw_augmentation(config, len(batch), *key)[self.mine]
-        images = augment(to_unit(pixels), parameters.to(device, non_blocking=True))
-        targets = self.train_targets[:, batch[self.mine]].to(device, non_blocking=True)
-        lam = draw_mixup(config, *key)  # the rest is the next image, in pixels and in the loss
-        images, partners = torch.lerp(images.roll(-1, 0), images, lam), targets.roll(-1, 1)
-        seeds = random_stream("dropout", config.seed, *key, self.distributed.rank)
+        config, state, world_size = self.config, self.state, self.distributed.world_size
+        images, targets, lam = self.augmented(batch, pixels)
+        seeds = random_stream(
+            "dropout", config.seed, state.epoch, state.batch, self.distributed.rank)
         torch.manual_seed(int(seeds.integers(2**63)))  # networks that have it resume exactly
         steps = min(config.grad_accum_steps, len(images))
         pieces = zip(images.tensor_split(steps), targets.tensor_split(steps, 1),
-                     partners.tensor_split(steps, 1), strict=True)
-        sums = torch.zeros(2, device=device)
+                     targets.roll(-1, 1).tensor_split(steps, 1), strict=True)
+        sums = images.new_zeros(2)
         for step, (inputs, target, partner) in enumerate(pieces, 1):
             delays = world_size > 1 and step < steps  # gradients are summed over processes once
             with self.forward.no_sync() if delays else contextlib.nullcontext():
@@ -3251,7 +3261,7 @@ class Trainer:
         config = self.config
         return LoadedModel(
             config.checkpoint[0], self.network, self.normalization, config.image_size or 0,
-            config.resize, bool(config.tta), **self.facts, **calibration)
+            config.resize, bool(config.tta), **self.trained_on, **calibration)
 
     def end_epoch(self, logits: Floats) -> None:
         """Print the epoch, keep the model if it is the best so far, and write history and state."""
@@ -3312,13 +3322,13 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.distributed.rank == 0:
             write_checkpoint(self.config.file(".last.pth"), {
-                "kind": "state", "settings": self.settings, "facts": self.facts,
+                "kind": "state", "settings": self.settings, "trained_on": self.trained_on,
                 "kept": {name: getattr(self.config, name) for name in KEPT},
                 "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "state": asdict(self.state),
             })
 
-    def resume(self, content: Mapping[str, Any]) -> None:
+    def resume(self, content: Content) -> None:
         """Go on from the content of STEM.last.pth; UserError where data or STEM.pth do not fit."""
         path, model = self.config.file(".last.pth"), self.config.checkpoint[0]
         if content["settings"]["data"] != self.settings["data"]:
@@ -3369,7 +3379,7 @@ def as_predictions(records: Sequence[ImageRecord], probability: Floats) -> Predi
     return Predictions(columns.pop("name"), **columns, probability=probability)
 
 
-def resumed_config(config: Config, content: Mapping[str, Any]) -> Config:
+def resumed_config(config: Config, content: Content) -> Config:
     """Return the options of a run that goes on; UserError where one would change what is learnt."""
     saved = content["settings"] | content["kept"]
     differ = []
@@ -3457,7 +3467,7 @@ def plot_history(history: Sequence[Row], best_epoch: int) -> bytes:
         return save_figure(figure)
 
 
-def metric_points(metric: Mapping[str, Any]) -> Floats:
+def metric_points(metric: Content) -> Floats:
     """Return value, low and high (3,), NaN where undefined."""
     return np.array([metric[key] for key in ("value", "low", "high")], float)
 
@@ -3477,7 +3487,7 @@ def wilson_interval(label: Array) -> Floats:
 
 
 def draw_curves(
-    roc: Any, recall: Any, report: Mapping[str, Any], images: Predictions, studies: Predictions
+    roc: Any, recall: Any, report: Content, images: Predictions, studies: Predictions
 ) -> None:
     """Draw ROC and precision-recall curves, the operating point and what chance reaches."""
     for level, found, color in (("images", images, "silver"), ("studies", studies, BLUE)):
@@ -3506,7 +3516,7 @@ def draw_curves(
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
 
 
-def draw_confusion(axes: Any, report: Mapping[str, Any], studies: Predictions) -> None:
+def draw_confusion(axes: Any, report: Content, studies: Predictions) -> None:
     """Draw counts and row percentages, label against prediction."""
     predicted = studies.probability > report["threshold"]
     cells = np.bincount(2 * studies.label + predicted, minlength=4).reshape(2, 2)
@@ -3535,7 +3545,7 @@ def draw_reliability(axes: Any, studies: Predictions) -> None:
     axes.set(xlabel="probability of abnormal", title="d  Reliability, 95 % interval (top: studies)")
 
 
-def draw_kappa(axes: Any, report: Mapping[str, Any]) -> None:
+def draw_kappa(axes: Any, report: Content) -> None:
     """Draw the kappa of studies with its interval as point and number, overall and by body part."""
     names: list[str] = []
     numbers: list[str] = []
@@ -3551,7 +3561,7 @@ def draw_kappa(axes: Any, report: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
 
 
-def plot_report(report: Mapping[str, Any], images: Predictions, studies: Predictions) -> bytes:
+def plot_report(report: Content, images: Predictions, studies: Predictions) -> bytes:
     """Return a PNG of ROC, precision-recall, confusion matrix, reliability and kappa.
 
     Args:
@@ -3856,7 +3866,8 @@ def evaluate_ensemble(
 
     Batches are shared by all processes; rank 0 reports.
     """
-    decoded = [shared_decode(config, scan, model.shape, distributed) for model in ensemble.models]
+    models = ensemble.models
+    decoded = [shared_decode(config, scan, model.resizing, distributed) for model in models]
     bad_images = report_bad_images(scan, decoded[0], config.on_bad_image)
     data = [MuraDataset(images) for images in decoded]
     first = data[0]
@@ -3873,7 +3884,7 @@ def evaluate_ensemble(
             path = first.records[wrong[0]].path
             raise UserError(f"{path}: the model's output is not finite; use --precision fp32 or "
                             "another model", EXIT_FAILED)
-        notes, dropped = check_duplicates(config, scan, first, ensemble.models[0].shape)
+        notes, dropped = check_duplicates(config, scan, first, models[0].resizing)
         kept = np.array([record.name not in dropped for record in first.records])
         members = [as_predictions(first.records, row).take(kept)
                    for row in ensemble.probabilities(logits)]
@@ -3887,14 +3898,14 @@ def evaluate_ensemble(
 
 
 def check_duplicates(
-    config: Config, scan: Scan, tested: MuraDataset, shape: Shape
+    config: Config, scan: Scan, tested: MuraDataset, resizing: Resizing
 ) -> tuple[list[str], set[str]]:
     """Return what the report is to say of duplicates, and the names of images to leave out."""
     datasets = {scan.split: tested}
     if scan.split == "valid":
         with contextlib.suppress(UserError):  # there is no train/, or nothing of these body parts
             train = scan_split(scan.folder.parent, "train", config.tasks)
-            parts = open_cache(train, *shape, config.cache_dir or Path(), verify=False)
+            parts = open_cache(train, *resizing, config.cache_dir or Path(), verify=False)
             known = [image for image in itertools.chain(*parts) if image.checksum]  # decoded so far
             datasets["training"] = MuraDataset(known)
     notes, concerned = find_duplicates(datasets)
@@ -4247,7 +4258,7 @@ class Predictor:
             found.append(f"does not look like a radiograph ({doubt}); the result is unreliable")
         named = re.findall(r"(?i)\bXR_\w+", str(path.absolute().parent))
         found += body_part_warnings(models, radiograph.body_part or "".join(named[-1:]))
-        inputs = [resize_square(radiograph.pixels, *model.shape) for model in models]
+        inputs = [resize_square(radiograph.pixels, *model.resizing) for model in models]
         return ViewResult(path, radiograph.pixels, warnings=found, inputs=inputs)
 
     def classify(self, views: Iterator[ViewResult]) -> Iterator[ViewResult]:
@@ -4297,7 +4308,7 @@ class Predictor:
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         maps = []
         for heat, model in zip(view.maps[explained], self.ensemble.models, strict=True):
-            left, top, right, bottom = letterbox_box(height, width, *model.shape)
+            left, top, right, bottom = letterbox_box(height, width, *model.resizing)
             maps.append(resize_map(heat[top:bottom, left:right].cpu().numpy(), rows, columns))
         view.cam = np.mean(maps, axis=0)
         view.inputs, view.maps = (), {}
@@ -4624,13 +4635,13 @@ def scan_data(config: Config, split: str) -> tuple[Config, Scan]:
 
 
 def shared_decode(
-    config: Config, scan: Scan, shape: Shape, distributed: Distributed
+    config: Config, scan: Scan, resizing: Resizing, distributed: Distributed
 ) -> list[CachedImage]:
     """Return the decoded images of a scan; one process of each machine decodes, the others wait."""
     folder, builds = config.cache_dir or Path(), distributed.local_rank == 0
     if not builds:
         distributed.wait_for_decoding()
-    caches = decode_scan(scan, *shape, folder, config.workers)
+    caches = decode_scan(scan, *resizing, folder, config.workers)
     if builds:
         distributed.wait_for_decoding()
     return caches
@@ -4725,11 +4736,11 @@ def make_trainer(
     if leaked := seen.intersection(patients["val"]):
         warn(f"--weights {config.weights}: has seen {len(leaked)} patients of val: validation, "
              "temperature and the choice of the epoch are optimistic (leakage)")
-    facts = content.get("facts") or {
+    trained_on = content.get("trained_on") or {
         "bad_images": len(bad_images),
         "patients": patients | {"train": sorted(seen.union(patients["train"]))},
         "body_parts": sorted({record.body_part for record in train.records})}
-    trainer = Trainer(config, network, train, val, hardware, distributed, signals, facts)
+    trainer = Trainer(config, network, train, val, hardware, distributed, signals, trained_on)
     if content:
         trainer.resume(content)
     else:

@@ -67,7 +67,7 @@ class Study:
 
     def logit(self, pixels: np.ndarray) -> float:
         """Return the logit of an image (H, W)."""
-        square = mura.resize_square(pixels, *self.model.shape)
+        square = mura.resize_square(pixels, *self.model.resizing)
         images = [torch.from_numpy(square)[None, None].to(self.ensemble.hardware.device)]
         return float(self.ensemble.logits(images)[0, 0])
 

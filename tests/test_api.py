@@ -705,7 +705,7 @@ def test_its_heat_rests_on_the_weights_that_it_learnt(demo: tuple[Path, str]) ->
     ensemble = mura.load(folder / "demo.pth", device="cpu", precision="fp32").ensemble
     (model,), fine = ensemble.models, mura.CAM_METHODS["fine"]
     paths = list(mura.read_lesion_boxes(folder / "MURA-v1.1"))[::8]
-    squares = [mura.resize_square(mura.read_radiograph(path).pixels, *model.shape) for path in paths]
+    squares = [mura.resize_square(mura.read_radiograph(path).pixels, *model.resizing) for path in paths]
     images = [torch.from_numpy(np.stack(squares))[:, None]]
     logits, (learnt,) = ensemble.explain(images, fine, 1.0)
     abnormal = (logits[0] > 0) & (learnt.amax((1, 2)) > 0)

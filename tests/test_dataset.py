@@ -1128,6 +1128,24 @@ def test_a_changed_file_is_decoded_again_alone(
         assert decodings == [path]
 
 
+def test_the_bar_of_decoding_ends_at_its_total(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that the cache has count once, and so do those that are decoded again."""
+    bars: list[mura.Progress] = []
+
+    class Kept(mura.Progress):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            bars.append(self)
+
+    monkeypatch.setattr(mura, "Progress", Kept)
+    decoded(root)
+    picture(Path(mura.scan_split(root, "train").records[3].path), 999)
+    decoded(root)
+    assert [(bar.n, bar.total) for bar in bars] == [(16, 16)] * 2
+
+
 def test_a_change_of_the_same_length_is_seen(root: Path) -> None:
     path = root / "train" / "XR_HAND" / "patientD0" / "study1_negative" / "image1.png"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(path.with_suffix(".bmp"))
@@ -1328,9 +1346,12 @@ def test_a_killed_run_leaves_no_cache_that_counts(
     require_right(mura.MuraDataset(decoded(root, ["HAND"])))
 
 
-def test_cache_lies_beside_the_data(root: Path) -> None:
-    mura.MuraDataset.from_folder(root, size=SIZE)
+@pytest.mark.parametrize("above", [0, 1])
+def test_cache_lies_beside_the_data(above: int, root: Path) -> None:
+    """Also where a parent of the data is named: as on the command line, it is decoded but once."""
+    mura.MuraDataset.from_folder((root, root.parent)[above], size=SIZE)
     assert len(list((root / ".mura_cache").glob("*.npy"))) == 2
+    assert not (root.parent / ".mura_cache").exists()
 
 
 @pytest.mark.parametrize("xdg", [True, False])
@@ -1600,6 +1621,21 @@ def test_bad_images_stop_the_training_before_it_begins(
     assert not (tmp_path / "model.pth").exists()
 
 
+def test_a_table_is_trained_on_and_no_folder_beside_it_is_its_test(
+    thin: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(root / "valid" / STUDY / "image1.png")
+    records = mura.scan_split(root, "train").records
+    lines = [f"{record.name},{record.label},{record.patient}" for record in records]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["path,label,patient", *lines]))
+    arguments = ("--labels", table, "--data-dir", root / "train")
+    assert run_inside(*arguments, "--checkpoint", tmp_path / "model.pth", *TINY) == 0
+    assert "there is no valid/, so no test; --evaluate --labels" in capsys.readouterr().err
+    assert torch.load(tmp_path / "model.pth", weights_only=True)["body_parts"] == ["all"]
+    assert not list(tmp_path.glob("model.test.*")) + list(tmp_path.glob("model.report.*"))
+
+
 # ---- MuraDataset ------------------------------------------------------------------------------
 def test_a_choice_keeps_its_order_and_drops_what_could_not_be_read(root: Path) -> None:
     (spoilt,) = spoil(root, 1)
@@ -1709,8 +1745,12 @@ def test_fingerprint_follows_names_labels_and_pixels(root: Path) -> None:
     study = root / "train" / "XR_HAND" / "patientD0"
     (study / "study1_negative").rename(study / "study1_positive")
     renamed = mura.MuraDataset(decoded(root))
-    prints = {dataset.fingerprint() for dataset in (first, shorter, changed, renamed)}
-    assert len(prints) == 4
+    line = "MURA-v1.1/train/XR_HAND/patientD0/study1_positive/,0"
+    (root / "train_labeled_studies.csv").write_text(line)
+    relabelled = mura.MuraDataset(decoded(root))
+    assert [record.name for record in renamed.records] == [r.name for r in relabelled.records]
+    prints = {data.fingerprint() for data in (first, shorter, changed, renamed, relabelled)}
+    assert len(prints) == 5
 
 
 # ---- the input's size -------------------------------------------------------------------------

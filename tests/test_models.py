@@ -216,7 +216,7 @@ def test_every_model_that_can_be_chosen_can_be_built_and_loaded(
         assert not model.network.training
         assert not any(parameter.requires_grad for parameter in model.network.parameters())
         assert mura.digest(path.read_bytes()) == digest
-        assert (model.path, model.shape, model.tta) == (path, (SIDE, "stretch"), True)
+        assert (model.path, model.resizing, model.tta) == (path, (SIDE, "stretch"), True)
         assert (model.temperature, model.study_temperature) == (1.5, 0.8)
         assert (model.threshold, model.threshold_source, model.bad_images) == (0.4, "auto on val", 2)
         assert model.patients == {"train": ["p1"], "val": ["p2"]} and list(model.body_parts) == ["XR_HAND"]
@@ -365,7 +365,7 @@ def numbered(name: str) -> Weights:
 
 
 def test_numbered_layers_are_refused_with_the_true_reason(name: str) -> None:
-    for prefix in ("", "backbone.", "module.encoder."):
+    for prefix in ("", "backbone.", "module.encoder.", "0."):  # fastai: body and head in a row
         line = refusal(mura.load_backbone, receiver(name), prefixed(prefix)(numbered(name)), "some.pth")
         assert line.startswith("--weights some.pth: its layers are numbered")
         assert f"save a {name}'s own state_dict" in line

@@ -1154,7 +1154,7 @@ def test_a_damaged_view_is_told_and_not_left_out(
     """Empty, cut or of another kind: the study has its answer, an error, and the exit code 3."""
     folder = plant(tmp_path, image, "study1/a.png") / "study1"
     whole = write_dicom(tmp_path / "whole", np.asarray(Image.open(image)), "1.2.3", "FOREARM")
-    damaged = {"b.png": b"", "c.png": b"no image", "d.dcm": whole.read_bytes()[:200]}
+    damaged = {"b.png": b"", "c.PNG": b"no image", "d.dcm": whole.read_bytes()[:200]}
     shutil.copy(whole, folder / "f.dcm")
     for name, content in damaged.items():
         (folder / name).write_bytes(content)
@@ -1162,7 +1162,7 @@ def test_a_damaged_view_is_told_and_not_left_out(
     assert ask(folder, "--output", "r.json") == mura.EXIT_SOME_FAILED
     (row,) = read_json("r.json")
     assert row["prediction"] and [Path(view["path"]).name for view in row["views"]] == [
-        "a.png", "b.png", "c.png", "d.dcm", "e.png", "f.dcm"]
+        "a.png", "b.png", "c.PNG", "d.dcm", "e.png", "f.dcm"]
     assert row["study_uid"] == "1.2.3"
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
     assert "2 of 6 views" in capsys.readouterr().out
@@ -1477,11 +1477,17 @@ def test_the_class_that_is_explained(
         assert (row["left"] is not None) == (prediction == "abnormal" and choice != "normal")
 
 
-@pytest.mark.parametrize("choice", ["abnormal", "normal", "predicted"])
+@pytest.mark.parametrize(("method", "choice"), [
+    ("fine", "abnormal"), ("fine", "normal"), ("fine", "predicted"), ("gradcam", "abnormal"),
+])
 def test_a_figure_has_boxes_of_abnormal_heat_only(
-    choice: str, ask: Ask, image: Path, normal_image: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, choice: str, ask: Ask, image: Path, normal_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A box around what speaks for a normal bone would be taken for a finding."""
+    """A box around what speaks for a normal bone would be taken for a finding.
+
+    Grad-CAM has heat on normal images, too.
+    """
     boxed: list[bool] = []
 
     def draw_boxes(views: Sequence[Any], *arguments: Any, **options: Any) -> bytes:
@@ -1489,7 +1495,8 @@ def test_a_figure_has_boxes_of_abnormal_heat_only(
         return blank_picture()
 
     monkeypatch.setattr(mura, "save_explanation", draw_boxes)
-    assert ask(image, normal_image, "--cam-class", choice, "--figure", "f") == 0
+    flags = ("--cam", method, "--cam-class", choice, "--figure", "f")
+    assert ask(image, normal_image, *flags) == 0
     assert boxed == [choice != "normal", False]
 
 
