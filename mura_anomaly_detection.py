@@ -162,8 +162,8 @@ class Config:
         "TE", None, path_to("DIR"), "folder with train/ and valid/, or a parent of it; with "
         "--labels, root of relative paths")
     checkpoint: Sequence[Path] = option(
-        "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file: training "
-        "writes it, the other modes read it; several are an ensemble")
+        "TEPXD", (Path("mura_model.pth"),), path_to("FILE.pth") | SEVERAL, "model file; training "
+        "writes it, the other modes read it, several are an ensemble")
     cache_dir: Path | None = option(
         "TED", None, path_to("DIR"), "folder of decoded images (default: .mura_cache in "
         "--data-dir, or the user's cache folder where that is read-only)")
@@ -206,7 +206,7 @@ class Config:
         "or a file: a model of this program, of torchvision or of timm")
     epochs: int = training(5, COUNT, "passes over the training images")
     batch_size: int = option(
-        "TEPD", 8, COUNT, "images per optimiser step, over all processes (paper: 8); four times as "
+        "TEPD", 8, COUNT, "images per optimiser step; over all processes (paper: 8), four times as "
         "many without gradients")
     grad_accum_steps: int = training(
         1, COUNT, "micro-batches that a batch is computed in, to save memory")
@@ -258,7 +258,7 @@ class Config:
         "PE", None, path_to("FILE.csv"), "also write the predictions to this .csv or .json; with "
         "--evaluate, the stem of its files")
     figure: Path | None = option(
-        "PED", None, path_to("PATH"), "original | heatmap | overlay: a picture for one input "
+        "PED", None, path_to("PATH"), "original | heatmap | overlay; a picture for one input "
         "(default: NAME_heatmap.png), a folder for several (default: none); with --evaluate, a "
         "folder for the most wrong images")
     cam: str = option(
@@ -272,12 +272,12 @@ class Config:
     export: Path | None = option(
         "X", None, path_to("FILE.onnx"), "write the model as FILE.onnx or FILE.pt2")
     demo: Path | None = option(
-        "D", None, path_to("DIR") | {"nargs": "?", "const": Path("mura_demo")}, "train, test and "
-        "explain on generated phantoms in DIR (default: mura_demo)")
+        "D", None, path_to("DIR") | {"nargs": "?", "const": Path("mura_demo")}, "train, test "
+        "and explain on generated phantoms; in DIR (default: mura_demo)")
     device: str = option(
         "TEPD", "auto",
         matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda, cuda:N", "NAME"),
-        "auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N")
+        "auto, cpu, mps, cuda or cuda:N; auto is CUDA, then MPS, then CPU")
     compile: bool = training(False, SWITCH, "compile the network with torch.compile")
     workers: int = option("TEPD", 0, COUNT_OR_OFF, "threads that decode images; 0 is one per core")
     debug: bool = option("TEPXD", False, SWITCH, "show tracebacks")

@@ -815,6 +815,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_stay_above_it(
         time.sleep(0.15)  # tqdm draws at most ten times a second
         bar.advance(5, "loss 0.5")
     assert all(text in err.getvalue() for text in ("epoch 1/5", "15/20", "loss 0.5"))
+    assert "\n" not in err.getvalue(), "it goes when it is done: results stay"
     assert mura.PROGRAM not in err.getvalue(), "no lines beside the bar"
     assert out.getvalue().endswith("a result\n")
 

@@ -1165,7 +1165,8 @@ def test_a_damaged_view_is_told_and_not_left_out(
         "a.png", "b.png", "c.PNG", "d.dcm", "e.png", "f.dcm"]
     assert row["study_uid"] == "1.2.3"
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
-    assert "2 of 6 views" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "2 of 6 views" in out and f"{folder}: {row['error']}" in err
     assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
 
 
