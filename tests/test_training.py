@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -641,6 +642,23 @@ def test_an_undefined_metric_is_the_worst() -> None:
     values = ((math.nan, 0.5), (-0.2, 0.9), (math.nan, 0.1))
     rows = [{"val_kappa": kappa, "val_loss": loss} for kappa, loss in values]
     assert [mura.choose_epoch(rows[:number], "kappa") for number in (1, 2, 3)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("system", ["glibc", "musl", "macOS"])
+def test_freed_memory_is_kept_by_glibc_and_other_systems_do_without(
+    system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mallopt(3): M_MMAP_MAX of 0 maps no block by itself, M_TRIM_THRESHOLD of -1 returns none."""
+    asked: dict[int, int] = {}
+
+    def load_library(name: str) -> Any:
+        if system == "macOS":
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(mallopt=asked.__setitem__) if system == "glibc" else object()
+
+    monkeypatch.setattr(mura.ctypes, "CDLL", load_library)
+    mura.keep_freed_memory()
+    assert (asked.get(-4), asked.get(-1)) == ((0, -1) if system == "glibc" else (None, None))
 
 
 Rows = list[dict[str, float]]
