@@ -3157,7 +3157,7 @@ class Trainer:
             logits.float(), labels, weights, reduction="sum")
 
     def augmented(self, batch: Array, pixels: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return a batch as it is learnt from, for `batch` and `pixels` see `train_step`.
+        """Return a batch as it is learnt from; for the arguments see `train_step`.
 
         Returns:
             images (b, 1, S, S), 0 to 1; their labels and weights (2, b); and mixup's lam: the rest
