@@ -62,7 +62,7 @@ class UserError(Exception):
 # ===== 1 options ==================================================================================
 
 MODES = {"evaluate": "E", "predict": "P", "export": "X", "demo": "D"}  # else "T", training
-FIGURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")  # of --figure; any other name is a folder
+FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")  # of --figure; else a folder
 PAPER_RECIPE: Content = {  # arXiv 1712.06957, section 3.1; Adam is AdamW without decay
     "image_size": 320, "lr": 1e-4, "lr_schedule": "plateau", "weight_decay": 0.0, "rotation": 30.0,
     "brightness": 0.0, "contrast": 0.0, "mixup": 0.0, "precise_bn": 0, "tta": False,
@@ -93,9 +93,16 @@ def option(modes: str, default: object, kind: Content, text: str) -> Any:
 training = partial(option, "TD")  # the demo trains, too
 
 
+def some_path(text: str) -> Path:
+    """Return a path; refuse "", which a shell variable without a value gives: it is no folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def path_to(metavar: str) -> Content:
     """Return the kind of a path; `metavar` shows the suffix that it wants."""
-    return {"type": Path, "metavar": metavar}
+    return {"type": some_path, "metavar": metavar}
 
 
 def one_of(names: str) -> Content:
@@ -307,7 +314,7 @@ class Config:
 OPTIONS = tuple(item for item in fields(Config) if item.metadata)
 LEARNT = tuple(  # they decide what is learnt: --resume takes them from the saved state
     item.name for item in OPTIONS
-    if "T" in item.metadata["modes"] and item.metadata["kind"].get("type") is not Path
+    if "T" in item.metadata["modes"] and item.metadata["kind"].get("type") is not some_path
     and item.name not in (*KEPT, *FREE))
 
 
@@ -379,7 +386,7 @@ def usage_problem(config: Config) -> str | None:
     first, trains, threshold = config.checkpoint[0], mode in "TD", config.threshold
     is_picture = figure and figure.suffix.lower() in FIGURE_SUFFIXES
     problems = {
-        "--data-dir DIR is needed (or --predict, or --demo)":
+        "--data-dir DIR or --labels FILE.csv is needed (or --predict, or --demo)":
             mode in "TE" and not (config.data_dir or config.labels),
         "--split is for MURA's folders, not for --labels": config.labels and "split" in given,
         f"{chosen[0]} takes one --checkpoint": mode in "TDX" and len(config.checkpoint) > 1,
@@ -557,6 +564,7 @@ class StopSignals(contextlib.ExitStack):
     deferring = False
 
     def __enter__(self) -> Self:
+        self.began = time.time()
         with contextlib.suppress(ValueError):  # a thread
             for signum in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(signum, self.handle)
@@ -1410,18 +1418,19 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     image_list, study_list = f"{split}_image_paths.csv", f"{split}_labeled_studies.csv"
     labels = _read_mura_list(root / study_list, split)
     listed = {os.path.splitext(name)[0] for name in _read_mura_list(root / image_list, split)}
-    present = [name for name in subfolders(top) if name.upper().startswith("XR_")]
+    every = subfolders(top)
+    present = [name for name in every if name.upper().startswith("XR_")]
     parts = _choose_body_parts(present, tasks)
     missing = {name for name in listed if name.partition("/")[0] in parts}
     records, counts = list[ImageRecord](), Counter[str]()
+    counts["folders are not called XR_..., left out"] = len(every) - len(present)
     studies = [(part, patient, study) for part in parts for patient in subfolders(top / part)
                for study in subfolders(f"{top}/{part}/{patient}")]
     for part, patient, study in studies:
         key = f"{part}/{patient}/{study}"
         named = {"positive": "1", "negative": "0"}.get(study.rpartition("_")[2].lower(), "")
         label = labels.get(key, named)
-        otherwise = f"studies are named otherwise than {study_list} says; the list counts"
-        counts[otherwise] += named not in ("", label)
+        counts[f"studies are named unlike {study_list}, which counts"] += named not in ("", label)
         for name in (f"{key}/{file}" for file in file_names(f"{top}/{key}")):
             bare, suffix = os.path.splitext(name)
             missing.discard(bare)
@@ -1437,8 +1446,7 @@ def scan_split(root: Path, split: str, tasks: Sequence[str] = ()) -> Scan:
     notes = [f"{top}: {count} {text}" for text, count in counts.items() if count]
     if not records:
         raise UserError(f"{top}: no images found; {'; '.join(notes) or LAYOUT}")
-    is_mura = len(listed) == MURA_IMAGES.get(split)
-    return Scan(split, top, tuple(records), tuple(notes), is_mura)
+    return Scan(split, top, tuple(records), tuple(notes), len(listed) == MURA_IMAGES.get(split))
 
 
 def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
@@ -1457,7 +1465,7 @@ def scan_labels(path: Path, folder: Path, tasks: Sequence[str] = ()) -> Scan:
     header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
     if not {"path", "label"} <= set(header):
         raise UserError(f"{path}: line 1 must be a header with path,label and optionally "
-                        "patient,study,body_part,view")
+                        "patient,study,body_part,view, divided by commas")
     records: dict[str, ImageRecord] = {}
     labels: dict[str, int] = {}
     try:
@@ -1487,7 +1495,7 @@ def _table_record(row: Mapping[str, str], folder: Path) -> ImageRecord:
     cells = defaultdict(str, {name: str(cell).strip() for name, cell in row.items()})
     name, word = cells["path"].replace("\\", "/"), cells["label"].lower()
     if word not in LABEL_WORDS or "more" in cells:
-        raise UserError(f"label {word!r} is none of 0, 1, normal, abnormal, or there are more "
+        raise UserError(f"label {word!r} is none of {', '.join(LABEL_WORDS)}, or there are more "
                         "cells than in the header")
     if not os.path.isfile(folder / name):
         raise UserError(f"{folder / name}: no such file; --data-dir says what relative paths start "
@@ -1504,7 +1512,7 @@ def _table_record(row: Mapping[str, str], folder: Path) -> ImageRecord:
 
 def count_table(scan: Scan) -> list[str]:
     """Return lines with the images, studies and patients of each body part (and abnormal ones)."""
-    lines = [f"{scan.split:<8}{'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}"
+    lines = [f"{scan.split:<7} {'body part':<14}{'images':>16}{'studies':>16}{'patients':>16}"
              "  (abnormal)"]
     parts = sorted({record.body_part for record in scan.records})
     for part in [*parts, "all"] if len(parts) > 1 else parts:
@@ -2075,7 +2083,8 @@ def imagenet_weights(name: str) -> Content:
     source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     show = sys.stderr.isatty() and is_main_process()
     try:
-        return dict(source.get_state_dict(progress=show, check_hash=True, weights_only=True))
+        with contextlib.redirect_stdout(sys.stderr):  # of what it tells
+            return dict(source.get_state_dict(progress=show, check_hash=True, weights_only=True))
     except Exception as error:  # urllib, socket, hash and file errors, all with the same remedy
         file = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
         reason, *_ = f"{type(error).__name__}: {error}".splitlines()
@@ -2174,6 +2183,8 @@ def choose_precision(device: torch.device, precision: str) -> DevicePrecision:
     """Return how a device is to compute; UserError where tf32 has no CUDA device."""
     if precision == "auto":
         precision = auto_precision(device)
+    if precision not in ("bf16", "fp16", "tf32", "fp32"):
+        raise UserError(f"--precision {precision}: is none of auto, bf16, fp16, tf32, fp32")
     if device.type == "cuda":
         use_tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use_tf32
@@ -3083,6 +3094,9 @@ class Trainer:
             while self.unfinished():
                 self.train_epoch()
                 self.end_epoch(self.validate())
+        if self.state.epoch < self.config.epochs:
+            log(f"no better val {self.config.select} since epoch {self.state.best_epoch}: ended by "
+                f"--patience {self.config.patience}; --resume --patience 0 goes on")
         self.distributed.wait()  # the others read the model next, which rank 0 has written
 
     def unfinished(self) -> bool:
@@ -3383,10 +3397,10 @@ def resumed_config(config: Config, content: Content) -> Config:
     """Return the options of a run that goes on; UserError where one would change what is learnt."""
     saved = content["settings"] | content["kept"]
     differ = []
-    for name in LEARNT:
+    for name in (*LEARNT, "weights"):  # others than in the state would do nothing
         if name in config.given and getattr(config, name) != saved[name]:
             shown = " ".join(saved[name]) or "all" if name == "tasks" else saved[name]
-            differ.append(f"{flag_of(name)} was {shown}")
+            differ.append(f"{flag_of(name)} was {'not given' if shown is None else shown}")
     if differ:
         raise UserError(f"--resume: {', '.join(differ)}: leave it out, or start a new run with "
                         "another --checkpoint")
@@ -3430,7 +3444,7 @@ def save_figure(figure: Any, suffix: str = ".png", dpi: int = 180) -> bytes:
     """Return a figure as the content of a file of that suffix."""
     file, kind = io.BytesIO(), suffix.lower()[1:]
     mark: Content = {"metadata": {"Creator": PROGRAM}}
-    if kind == "jpg":
+    if kind in ("jpg", "jpeg"):
         mark = {"pil_kwargs": {"comment": PROGRAM}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
@@ -3666,7 +3680,8 @@ def draw_tiles(
             axes.text(x, y - 0.05, "\n".join(lines))
         axes.set(xlim=(0, size_x), ylim=(size_y, 0), aspect="auto")
         axes.set_axis_off()
-        figure.suptitle(heading)
+        lines = [shorten(line, int(14 * size_x)) for line in heading.split("\n")]
+        figure.suptitle("\n".join(lines))
         shown = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, scale.top), scale.colormap)
         bar = figure.add_axes((1 - 0.7 / size_x, 0.1, 0.15 / size_x, 0.7))
         figure.colorbar(shown, bar, label=f"heat for {scale.cam_class}, {scale.unit}")
@@ -3840,7 +3855,7 @@ def load_ensemble(config: Config, hardware: DevicePrecision) -> Ensemble:
 
 def decision_threshold(config: Config, models: Sequence[LoadedModel]) -> tuple[float, str]:
     """Return the threshold and its source: --threshold, else the models' own, or their mean."""
-    if isinstance(config.threshold, int | float):
+    if isinstance(config.threshold, float):
         return config.threshold, "given"
     source = models[0].threshold_source if len(models) == 1 else "the mean of the models' own"
     return float(np.mean([model.threshold for model in models])), source
@@ -3901,14 +3916,22 @@ def check_duplicates(
     config: Config, scan: Scan, tested: MuraDataset, resizing: Resizing
 ) -> tuple[list[str], set[str]]:
     """Return what the report is to say of duplicates, and the names of images to leave out."""
-    datasets = {scan.split: tested}
+    datasets, train, missing = {scan.split: tested}, None, 0
     if scan.split == "valid":
         with contextlib.suppress(UserError):  # there is no train/, or nothing of these body parts
             train = scan_split(scan.folder.parent, "train", config.tasks)
-            parts = open_cache(train, *resizing, config.cache_dir or Path(), verify=False)
-            known = [image for image in itertools.chain(*parts) if image.checksum]  # decoded so far
-            datasets["training"] = MuraDataset(known)
+    if train:
+        folder = config.cache_dir or Path()
+        if config.drop_duplicates and not is_distributed():  # the others would wait too long
+            decode_scan(train, *resizing, folder, config.workers)
+        parts = open_cache(train, *resizing, folder, verify=False)
+        known = [image for image in itertools.chain(*parts) if image.checksum]
+        missing = len(train.records) - len(known)
+        datasets["training"] = MuraDataset(known)
     notes, concerned = find_duplicates(datasets)
+    if missing:
+        notes.append(f"{missing} images of train/ are not in the cache at this size, so they were "
+                     "not compared: --drop-duplicates decodes them")
     names = concerned.get(scan.split, set())
     if not names:
         return notes, names
@@ -3997,8 +4020,15 @@ def write_report(
     log(f"written: {', '.join(map(str, files))}")
 
 
+def gallery_files(config: Config) -> list[Path]:
+    """Return all sheets that a gallery may have."""
+    names = [f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
+    return [Path(config.figure or "", name) for name in names]
+
+
 def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> None:
     """Write contact sheets of the most wrong images below a folder, with heatmaps, to --figure."""
+    old = {*gallery_files(predictor.config)}
     for name, title, rows in gallery_pages(images, predictor.threshold):
         paths = [folder / images.path[row] for row in rows]
         (sheet,) = predictor.studies([Study(folder, paths)])  # one scale for all, as of a study
@@ -4007,18 +4037,23 @@ def write_gallery(predictor: Predictor, folder: Path, images: Predictions) -> No
         file = Path(predictor.config.figure or "", name)
         atomic_write(file, gallery_sheet(tiles, title, sheet.scale))
         log(f"written: {file}")
+        old.discard(file)
+    for file in filter(is_ours, old):  # it would be taken for a sheet of this model
+        file.unlink()
 
 
 def report_subject(config: Config, scan: Scan) -> Content:
-    """Return what a report is about: its split, models by their real paths, names and labels."""
+    """Return what a report is about: its split, models, names and labels, and what was chosen."""
+    chosen = config.given & {"threshold", "tta", "drop_duplicates"} if config.mode == "E" else ()
+    options = {name: getattr(config, name) for name in sorted(chosen)}
     models = [os.path.realpath(path) for path in config.checkpoint]
     lines = [f"{record.name},{record.label}\n" for record in scan.records]
     data = digest("".join([os.path.realpath(scan.folder), *lines]))
-    return {"split": scan.split, "checkpoints": models, "data": data}
+    return {"split": scan.split, "checkpoints": models, "data": data, "options": options}
 
 
 def require_own_report(config: Config, scan: Scan) -> None:
-    """Refuse to replace the report of another split, model or data, or foreign pictures.
+    """Refuse to replace a report that is about something else, or foreign pictures.
 
     Raises:
         UserError: such a file is there, and --overwrite is not given.
@@ -4029,15 +4064,14 @@ def require_own_report(config: Config, scan: Scan) -> None:
         if config.cam_class == "predicted":
             raise UserError("--cam-class predicted: a sheet of --evaluate has one scale; use "
                             "abnormal or normal")
-        sheets = [config.figure / f"{name}_{page}.png" for name in GALLERY for page in (1, 2)]
-        require_targets(config, "figure", sheets)
+        require_targets(config, "figure", gallery_files(config))
     with contextlib.suppress(OSError, ValueError, AttributeError):  # absent, or foreign
         earlier = json.loads(files[0].read_text())
         subject = report_subject(config, scan)
         is_own |= all(earlier.get(key) == value for key, value in subject.items())
     if not is_own:
-        require_new(files, "it is of another split, model or data, or not of this program: use "
-                           "another --output, or --overwrite")
+        require_new(files, "it is of another split, model, data or options, or not of this "
+                           "program: use another --output, or --overwrite")
 
 
 # ---- predict: records ----
@@ -4079,6 +4113,11 @@ class Study:
     scale: Any = None  # the HeatScale of its heatmaps
 
     @property
+    def name(self) -> str:
+        """Its path, and its StudyInstanceUID where files are a study by that."""
+        return f"{self.path} ({self.uid})" if self.uid and len(self.files) > 1 else str(self.path)
+
+    @property
     def readable(self) -> list[ViewResult]:
         """The views that have a probability."""
         return [view for view in self.views if not view.error]
@@ -4113,7 +4152,7 @@ class Study:
     @property
     def explanation(self) -> tuple[Any, ...]:
         """Views, lines of the heading, and the scale of its figure."""
-        heading = ["/".join(self.path.parts[-4:]), f"{self.summary} - {RESEARCH_ONLY}"]
+        heading = ["/".join(Path(self.name).parts[-4:]), f"{self.summary} - {RESEARCH_ONLY}"]
         return self.readable[:FIGURE_ROWS], heading, self.scale
 
     def figure(self) -> Any:
@@ -4464,7 +4503,7 @@ def print_result(study: Study, prevalence: float | None) -> None:
         for text in view.warnings:
             warn(f"{view.path}: {text}")
     if study.error:
-        warn(f"{study.path}: {study.error}")
+        warn(f"{study.name}: {study.error}")
     if not study.label:
         return
     notes = f"probability of abnormal {percent(study.probability)}"
@@ -4473,7 +4512,7 @@ def print_result(study: Study, prevalence: float | None) -> None:
     several = len(study.views) > 1
     if several:
         notes += f", {len(study.readable)} of {len(study.views)} views"
-    log(f"{study.path}: {study.summary} ({notes})")
+    log(f"{study.name}: {study.summary} ({notes})")
     for view in study.readable if several else ():
         log(f"    {view.path.name}: probability of abnormal {percent(view.probability)}")
 
@@ -4487,10 +4526,16 @@ def open_maps(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
     if not path:
         yield None
         return
+    stop = None
     with (temporary_file(path) as temporary, writing(path),
           zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
         archive.comment = PROGRAM.encode()
-        yield archive
+        try:
+            yield archive
+        except Stopped as stopped:  # the maps before it are kept
+            stop = stopped
+    if stop:
+        raise stop
 
 
 def save_maps(archive: zipfile.ZipFile, study: Study) -> None:
@@ -4674,12 +4719,16 @@ def train_command(config: Config, signals: StopSignals) -> int:
         if not config.labels and (scan.folder.parent / "valid").is_dir():
             _, test = scan_data(config, "valid")
         trainer = make_trainer(config, content, scan, hardware, distributed, signals)
+        if test:  # before the work: images that cannot be read may end the run
+            resizing = trainer.config.image_size or 0, config.resize
+            decoded = shared_decode(config, test, resizing, distributed)
+            report_bad_images(test, decoded, config.on_bad_image)
         trainer.fit()
         if test:
             ensemble = load_ensemble(config, hardware)
             evaluate_ensemble(config, ensemble, test, distributed, signals)
         else:
-            warn("there is no valid/, so no test; --evaluate --labels tests on other images")
+            warn("no valid/ of this data, so no test; --evaluate --labels tests on other images")
         model, state = config.checkpoint[0], trainer.state
         log(f"best model: {model} (epoch {state.best_epoch} of {state.epoch}, by val "
             f"{config.select})")
@@ -5062,9 +5111,11 @@ def load(
         precision: as --precision.
         threshold: abnormal above this probability (default: the models').
     """
+    if threshold is not None and not 0 < (threshold := float(threshold)) < 1:
+        raise UserError(f"threshold {threshold:g}: is not above 0 and below 1")
     paths = tuple(map(Path, checkpoints)) or Config.checkpoint
     config = Config(
-        checkpoint=paths, device=device, precision=precision, threshold=threshold)
+        checkpoint=paths, device=str(device), precision=precision, threshold=threshold)
     return load_predictor(config)
 
 
@@ -5087,7 +5138,7 @@ def main(config: Config) -> int:
             return code
         except Stopped as stopped:
             code = stopped.exit_code
-            warn(f"{stopped}{how_to_go_on(config)}")
+            warn(f"{stopped}{how_to_go_on(config, signals.began)}")
         except Exception as error:
             code = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
             if config.debug:
@@ -5098,10 +5149,12 @@ def main(config: Config) -> int:
         return code
 
 
-def how_to_go_on(config: Config) -> str:
-    """Return where the state of a stopped run is, and the command that goes on."""
+def how_to_go_on(config: Config, began: float) -> str:
+    """Return where the state of a run is that `began` then, and the command that goes on."""
     state = config.file(".last.pth")
     if config.mode != "T" or not state.exists():
+        return ""
+    if config.overwrite and state.stat().st_mtime < began:  # still that of the run to be replaced
         return ""
     words = list(config.command)
     if not config.resume:

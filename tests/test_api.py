@@ -160,6 +160,25 @@ def test_the_threshold_can_be_given(small: Path, study: Path) -> None:
         assert (result.label, result.threshold) == (label, threshold)
 
 
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), 0.25])
+def test_a_threshold_of_any_type_counts(number: Any, small: Path, study: Path) -> None:
+    result = mura.load(small, device=torch.device("cpu"), threshold=number).predict(study)
+    assert result.threshold == 0.25
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"threshold": 2}, "threshold 2: is not"), ({"threshold": 0}, "threshold 0: is not"),
+    ({"precision": "float16"}, "--precision float16: is none of auto, bf16"),
+])
+def test_values_that_mean_nothing_are_refused(
+    options: dict[str, Any], said: str, small: Path
+) -> None:
+    with pytest.raises(mura.UserError, match=said):
+        mura.load(small, device="cpu", **options)
+    with pytest.raises(ValueError, match="auto"):
+        mura.load(small, device="cpu", threshold="auto")
+
+
 def test_the_precision_can_be_given(small: Path) -> None:
     """tf32 is refused as by --precision, so it is not passed over for auto."""
     with pytest.raises(mura.UserError, match="--precision tf32: needs a CUDA device"):
@@ -433,7 +452,7 @@ def test_a_stopped_run_names_the_command_that_goes_on(
 def test_a_run_that_goes_on_by_itself_names_its_own_command(here: Path) -> None:
     Path("a b.last.pth").touch()
     words = ["--data-dir", "d", "--checkpoint", "a b.pth", "--resume", "auto"]
-    line = mura.how_to_go_on(mura.parse_options(words))
+    line = mura.how_to_go_on(mura.parse_options(words), time.time())
     assert shlex.split(line.partition("; to go on: ")[2])[2:] == words
 
 
@@ -444,8 +463,18 @@ def test_a_torchrun_job_goes_on_by_its_own_command(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     Path("m.last.pth").touch()
-    line = mura.how_to_go_on(mura.parse_options(["--data-dir", "d", "--checkpoint", "m.pth"]))
+    words = ["--data-dir", "d", "--checkpoint", "m.pth"]
+    line = mura.how_to_go_on(mura.parse_options(words), 0)
     assert line == "; the state is in m.last.pth; to go on: the same torchrun command with --resume"
+
+
+def test_the_state_of_a_run_that_was_to_be_replaced_is_not_gone_on_with(here: Path) -> None:
+    """A run that was stopped before it saved would become the old one."""
+    config = mura.parse_options(["--data-dir", "d", "--checkpoint", "m.pth", "--overwrite"])
+    Path("m.last.pth").touch()
+    written = Path("m.last.pth").stat().st_mtime
+    assert mura.how_to_go_on(config, written + 1) == ""
+    assert "--resume" in mura.how_to_go_on(config, written - 1)
 
 
 WRONG = {  # the command, its exit code, what the line names

@@ -789,6 +789,11 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_name_that_fits_is_left_as_it_is() -> None:
+    assert [mura.shorten("patient1", width) for width in (9, 8, 7)] == [
+        "patient1", "patient1", "pat~nt1"]
+
+
 def test_progress_is_a_line_a_minute_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, err = [1000.0], io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)

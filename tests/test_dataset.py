@@ -493,8 +493,16 @@ def test_list_of_studies_overrules_names_and_says_so(tmp_path: Path) -> None:
         0,
     ]  # the last is unlisted: its name counts
     assert notes(scan) == [
-        "1 studies are named otherwise than train_labeled_studies.csv says; the list counts"
+        "1 studies are named unlike train_labeled_studies.csv, which counts"
     ]
+
+
+def test_folders_of_other_names_are_counted(tmp_path: Path) -> None:
+    """Half of the data would be missing without a word."""
+    names = [f"train/{part}/patient1/study1_positive/a.png" for part in ("XR_HAND", "KNEE", "hip")]
+    scan = mura.scan_split(plant(tmp_path, names), "train")
+    assert {record.body_part for record in scan.records} == {"XR_HAND"}
+    assert notes(scan) == ["2 folders are not called XR_..., left out"]
 
 
 def test_only_listed_images_count_and_missing_ones_are_named(tmp_path: Path) -> None:
@@ -1621,6 +1629,17 @@ def test_bad_images_stop_the_training_before_it_begins(
     assert not (tmp_path / "model.pth").exists()
 
 
+def test_bad_images_of_the_test_stop_the_training_before_it_begins(
+    thin: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the last epoch."""
+    picture(root / "valid" / STUDY / "image1.png")
+    (root / "valid" / STUDY / "image2.png").write_bytes(b"")
+    code = run_inside("--data-dir", root, "--checkpoint", tmp_path / "model.pth", *TINY)
+    assert code == mura.EXIT_FAILED and not (tmp_path / "model.pth").exists()
+    assert "1 of 2 images below" in capsys.readouterr().err
+
+
 def test_a_table_is_trained_on_and_no_folder_beside_it_is_its_test(
     thin: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1631,7 +1650,7 @@ def test_a_table_is_trained_on_and_no_folder_beside_it_is_its_test(
     table.write_text("\n".join(["path,label,patient", *lines]))
     arguments = ("--labels", table, "--data-dir", root / "train")
     assert run_inside(*arguments, "--checkpoint", tmp_path / "model.pth", *TINY) == 0
-    assert "there is no valid/, so no test; --evaluate --labels" in capsys.readouterr().err
+    assert "no valid/ of this data, so no test; --evaluate --labels" in capsys.readouterr().err
     assert torch.load(tmp_path / "model.pth", weights_only=True)["body_parts"] == ["all"]
     assert not list(tmp_path.glob("model.test.*")) + list(tmp_path.glob("model.report.*"))
 

@@ -556,6 +556,8 @@ def test_the_interval_of_ece_by_hand() -> None:
     assert tuple(found) == pytest.approx((0.305, 0.495))
     low = mura.ece_interval(0.39, np.linspace(0.3, 0.5, 41), *ends)[0]
     assert low == pytest.approx(0.305 - 0.01 - 0.01 / (2**0.5 - 1))
+    fallen = mura.ece_interval(0.41, np.linspace(0.3, 0.5, 41), *ends)
+    assert tuple(fallen) == pytest.approx((0.305, 0.495)), "noise only raises"
 
 
 def test_intervals_cover_the_truth_about_95_times_in_100() -> None:

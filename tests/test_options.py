@@ -492,6 +492,15 @@ def test_the_ends_of_each_range_are_taken(flag: str, values: list[str]) -> None:
         assert str(taken) == value or float(taken) == float(value)
 
 
+@pytest.mark.parametrize("words", [
+    ["--predict", ""], ["--predict", "a.png", ""], ["--predict", "a.png", "--figure", ""],
+    ["--data-dir", ""], ["--data-dir", "d", "--checkpoint", ""], ["--demo", ""],
+], ids=" ".join)
+def test_an_empty_name_is_refused(words: list[str]) -> None:
+    """As of a shell variable without a value; it would be the current folder."""
+    assert "the name is empty" in refusal(*words)
+
+
 def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> None:
     for rule in ("auto", "sens=0.95", "spec=0.9"):
         for mode in "TED":
@@ -504,8 +513,8 @@ def test_a_rule_for_the_threshold_is_found_on_val_or_where_one_evaluates() -> No
 
 
 @pytest.mark.parametrize(("line", "complaint"), [
-    ("", "--data-dir DIR is needed (or --predict, or --demo)"),
-    ("--evaluate --checkpoint a.pth", "--data-dir DIR is needed"),
+    ("", "--data-dir DIR or --labels FILE.csv is needed (or --predict, or --demo)"),
+    ("--evaluate --checkpoint a.pth", "--data-dir DIR or --labels FILE.csv is needed"),
     ("--data-dir", "argument --data-dir: expected one argument"),
     ("--predict", "argument --predict: expected at least one argument"),
     ("--demo --figure .", "--figure .: the name must end in .png"),

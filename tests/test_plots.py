@@ -309,6 +309,18 @@ def test_any_shape_can_be_drawn(shape: tuple[int, int]) -> None:
     assert Image.open(io.BytesIO(content)).format == "PNG"
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_long_heading_stays_within_the_figure(views: int) -> None:
+    figure = Figure()
+    heading = ["1.2.840.113619." * 12, "abnormal, confidence 99.1%"]
+    mura.draw_explanation(figure, [make_view(1)] * views, heading, SCALE)
+    figure.canvas.draw()
+    (title,) = figure.texts
+    box = title.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.get_suptitle().split("\n")[1] == heading[1]
+
+
 def test_names_are_data() -> None:
     """A dollar is no formula, a newline no new line, bytes that are no text cost no picture."""
     for name in [*AWKWARD, "x" * 300, "腕の骨.png"]:
@@ -339,12 +351,15 @@ def test_drawing_warns_of_nothing() -> None:
         (".png", b"\x89PNG"),
         (".PNG", b"\x89PNG"),
         (".jpg", b"\xff\xd8"),
+        (".jpeg", b"\xff\xd8"),
         (".pdf", b"%PDF"),
         (".svg", b"<?xml"),
     ],
 )
 def test_the_suffix_decides_the_format(suffix: str, start: bytes) -> None:
-    assert mura.save_explanation([make_view(2)], ["x"], SCALE, suffix=suffix).startswith(start)
+    for written in (suffix, suffix.upper()):
+        content = mura.save_explanation([make_view(2)], ["x"], SCALE, suffix=written)
+        assert content.startswith(start) and mura.PROGRAM.encode() in content
 
 
 def test_settings_of_matplotlib_are_left_alone(saved: list[Figure]) -> None:

@@ -512,7 +512,7 @@ def test_the_report_of_other_data_is_not_replaced(
     assert evaluate() == 0
     before = Path("e.report.json").read_bytes()
     assert evaluate("--tasks", "HUMERUS") == mura.EXIT_USAGE
-    assert "it is of another split, model or data" in error_line(capsys.readouterr())
+    assert "it is of another split, model, data or options" in error_line(capsys.readouterr())
     assert Path("e.report.json").read_bytes() == before
     assert evaluate(models=[Path(os.path.relpath(pair[0]))]) == 0
     assert evaluate("--tasks", "HUMERUS", "--overwrite") == 0
@@ -535,7 +535,7 @@ def test_the_report_of_another_table_is_not_replaced(
     other = [f"{rows[0][:-1]}{1 - int(rows[0][-1])}", *rows[1:]]
     for table, lines in (("t.csv", rows[2:]), ("t.csv", other), ("s/t.csv", rows[2:])):
         assert evaluate("--labels", write(table, lines)) == mura.EXIT_USAGE
-        assert "it is of another split, model or data" in capsys.readouterr().err
+        assert "it is of another split, model, data or options" in capsys.readouterr().err
     assert evaluate("--labels", write("s/t.csv", rows), "--data-dir", "s") == mura.EXIT_USAGE
     assert Path("e.report.json").read_bytes() == before
 
@@ -604,6 +604,23 @@ def test_no_sheet_of_a_gallery_replaces_a_foreign_picture(
     sheet.write_text("somebody's")
     assert evaluate("--figure", "gallery") == mura.EXIT_USAGE
     assert f"--figure {sheet}: is there and not" in error_line(capsys.readouterr())
+
+
+def test_sheets_of_an_earlier_gallery_go(
+    evaluate: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be taken for further sheets of this one; what is not of this program stays."""
+    monkeypatch.setattr(mura, "gallery_sheet", blank_picture)
+    gallery = Path("gallery")
+    gallery.mkdir()
+    for name in ("false_negatives_2.png", "right_2.png"):
+        (gallery / name).write_bytes(blank_picture())
+    (gallery / "false_positives_2.png").write_text("somebody's")
+    (gallery / "mine.png").write_bytes(blank_picture())
+    assert evaluate("--figure", "gallery", "--overwrite") == 0
+    left = {path.name for path in gallery.iterdir()}
+    assert left >= {"mine.png", "false_positives_2.png", "right_1.png"}
+    assert not left & {"false_negatives_2.png", "right_2.png"}
 
 
 def test_a_gallery_of_two_classes_on_one_scale_is_refused(evaluate: Ask, capsys: Captured) -> None:
@@ -770,6 +787,9 @@ def test_images_that_are_also_in_training_are_named_and_left_out_on_request(
     assert any(name in note for note in report_of(Path("m"))["notes"])
     cases = (([], True, "are kept"), (["--drop-duplicates"], False, "were left out"))
     for flags, kept, done in cases:
+        if flags:
+            assert evaluate(*here, *flags) == mura.EXIT_USAGE, "what is left out is another test"
+            flags = [*flags, "--overwrite"]
         capsys.readouterr()
         assert evaluate(*here, *flags) == 0
         err = capsys.readouterr().err
@@ -781,10 +801,30 @@ def test_images_that_are_also_in_training_are_named_and_left_out_on_request(
 def test_images_of_training_that_are_not_decoded_are_no_duplicates(
     evaluate: Ask, capsys: Captured
 ) -> None:
-    """As where a model came without its cache: nothing is known of them, and nothing is said."""
-    assert evaluate("--cache-dir", "cache", "--tasks", "HUMERUS") == 0
-    assert "pixel-identical" not in capsys.readouterr().err
+    """As where a model came without its cache: that they were not compared is said."""
+    asked = ("--cache-dir", "cache", "--tasks", "HUMERUS")
+    assert evaluate(*asked) == 0
+    err = capsys.readouterr().err
+    assert "pixel-identical" not in err and "images of train/ are not in the cache" in err
     assert not any("pixel-identical" in note for note in report_of(Path("e"))["notes"])
+    for _ in range(2):  # decoded, then from the cache
+        assert evaluate(*asked, "--drop-duplicates", "--output", "d") == 0
+        assert "not in the cache" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    ("--threshold", "auto"), ("--threshold", "0.3"), ("--no-tta",), ("--tta",),
+])
+def test_the_report_of_other_options_is_not_replaced(
+    flags: Sequence[str], evaluate: Ask, capsys: Captured
+) -> None:
+    """As that of the test after training by one whose threshold was chosen on the same studies."""
+    assert evaluate() == 0
+    before = Path("e.report.json").read_bytes()
+    assert evaluate(*flags) == mura.EXIT_USAGE
+    assert "data or options" in error_line(capsys.readouterr())
+    assert Path("e.report.json").read_bytes() == before
+    assert evaluate(*flags, "--output", "other") == evaluate(*flags, "--output", "other") == 0
 
 
 @pytest.mark.parametrize("fault", ["empty", "of other body parts", "with a damaged list"])
@@ -1166,8 +1206,20 @@ def test_a_damaged_view_is_told_and_not_left_out(
     assert row["study_uid"] == "1.2.3"
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
     out, err = capsys.readouterr()
-    assert "2 of 6 views" in out and f"{folder}: {row['error']}" in err
+    assert "2 of 6 views" in out and f"{folder} (1.2.3): {row['error']}" in err
     assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
+
+
+def test_examinations_that_share_a_folder_are_told_apart(
+    ask: Ask, image: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """As in a flat export of a PACS: their path is the same."""
+    for number in range(4):
+        pixels = np.asarray(Image.open(image))
+        write_dicom(tmp_path / f"flat/IM{number}", pixels, f"1.2.{number // 2}", "FOREARM")
+    assert ask(tmp_path / "flat") == 0
+    out = capsys.readouterr().out
+    assert all(f"{tmp_path}/flat (1.2.{number}): " in out for number in (0, 1))
 
 
 def test_a_study_folder_of_two_examinations_is_two_studies(
@@ -1927,13 +1979,14 @@ def test_a_signal_is_heard_between_figures(
     """Not after the batch, which has 256 images here; what was predicted is written."""
     monkeypatch.chdir(tmp_path)
     child = Child("--predict", many, "--checkpoint", pair[0], *PLAIN, "--output", "r.json",
-                  "--batch-size", 64, "--figure", "f")
+                  "--batch-size", 64, "--figure", "f", "--save-cam", "m.npz")
     child.running_until(lambda: Path("f").exists() and os.listdir("f"))
     before = len(list(Path("f").glob("*.png")))
     assert child.end(signum) == code
     after = len(list(Path("f").glob("*.png")))
     assert after <= before + 5
     assert after <= len(read_json("r.json")) <= after + 1
+    assert len(np.load("m.npz").files) == len({row["path"] for row in read_json("r.json")})
     log = Path("log").read_text()
     assert "stopping" in log and f"stopped by {signal.Signals(signum).name}" in log
     assert "Traceback" not in log

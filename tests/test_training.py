@@ -715,7 +715,8 @@ def test_the_metrics_are_best_in_different_epochs(curve: tuple[Command, Rows]) -
 
 @pytest.mark.parametrize(("select", "patience"), [("kappa", 1), ("auroc", 3)])
 def test_patience_ends_the_run(
-    select: str, patience: int, curve: tuple[Command, Rows], untested: Path, tmp_path: Path
+    select: str, patience: int, curve: tuple[Command, Rows], untested: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """After so many epochs without a better one; a larger patience then goes on."""
     flags, rows = curve
@@ -725,7 +726,11 @@ def test_patience_ends_the_run(
     assert run_inside(*command, "--patience", patience) == 0
     epochs = [row["epoch"] for row in read_history(tmp_path / "run.pth")]
     assert epochs == [str(n) for n in range(1, last + 1)]
+    best = best_row(rows[:last], select)
+    assert (f"no better val {select} since epoch {best}: ended by --patience {patience}; "
+            "--resume --patience 0 goes on") in capsys.readouterr().out
     assert run_inside(*command, "--patience", "0", "--resume") == 0
+    assert "--patience" not in capsys.readouterr().out
     assert len(read_history(tmp_path / "run.pth")) == len(rows) > last
 
 
@@ -1051,13 +1056,14 @@ def test_what_may_change_stays_where_it_is_not_given(untested: Path, tmp_path: P
 @pytest.mark.parametrize(("flag", "now", "before"), [
     ("--lr", "0.01", "0.02"), ("--batch-size", "4", "8"), ("--model", "densenet169", "resnet50"),
     ("--seed", "1", "0"), ("--image-size", "96", "64"), ("--tasks", "HUMERUS", "all"),
-    ("--resize", "letterbox", "stretch"), ("--threshold", "auto", ""), ("--no-tta", None, ""),
+    ("--resize", "letterbox", "stretch"), ("--threshold", "auto", "not given"),
+    ("--no-tta", None, "True"),
     ("--val-split", "0.4", "0.3"), ("--normalization", "imagenet", "image"),
     ("--select", "auroc", "accuracy"), ("--lr-schedule", "plateau", "poly"),
     ("--warmup", "0.2", "0.1"), ("--weight-decay", "0", "0.01"), ("--mixup", "0.1", "0"),
     ("--hflip", "0", "0.5"), ("--rotation", "0", "10"), ("--brightness", "0", "0.1"),
     ("--contrast", "0", "0.2"), ("--precise-bn", "0", "16"), ("--precision", "bf16", "fp32"),
-    ("--recipe", "paper", "default"),
+    ("--recipe", "paper", "default"), ("--weights", "other.pth", "none"),
 ])
 def test_flags_that_change_what_is_learnt_are_refused_by_name(
     flag: str, now: str | None, before: str, untested: Path, whole_untested: Path, tmp_path: Path,
