@@ -1207,6 +1207,7 @@ def test_a_damaged_view_is_told_and_not_left_out(
     assert all(f"{name}: " in row["error"] for name in [*damaged, "e.png"])
     out, err = capsys.readouterr()
     assert "2 of 6 views" in out and f"{folder} (1.2.3): {row['error']}" in err
+    assert "e.png: probability" not in out and " nan" not in out
     assert len(mura.load(pair[0], device="cpu").predict(folder).views) == 6
 
 
