@@ -623,6 +623,28 @@ def test_sheets_of_an_earlier_gallery_go(
     assert not left & {"false_negatives_2.png", "right_2.png"}
 
 
+def test_an_image_that_has_gone_is_left_out_of_the_gallery(
+    evaluate: Ask, phantom_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a folder that is tidied while the report is made."""
+    sizes: list[int] = []
+    report, gone = mura.write_report, next((phantom_copy / "valid").rglob("image1.png"))
+
+    def tidy(*arguments: Any) -> None:
+        report(*arguments)
+        gone.unlink()
+
+    def count(tiles: Sequence[Any], *_: Any) -> bytes:
+        sizes.extend(pixels.size for pixels, *_ in tiles)
+        return blank_picture()
+
+    monkeypatch.setattr(mura, "write_report", tidy)
+    monkeypatch.setattr(mura, "gallery_sheet", count)
+    monkeypatch.setattr(mura, "SHEET_TILES", 100)  # all images
+    assert evaluate("--data-dir", phantom_copy, "--figure", "gallery") == 0
+    assert sizes and all(sizes) and not gone.exists()
+
+
 def test_a_gallery_of_two_classes_on_one_scale_is_refused(evaluate: Ask, capsys: Captured) -> None:
     assert evaluate("--figure", "gallery", "--cam-class", "predicted") == mura.EXIT_USAGE
     assert "--cam-class predicted" in error_line(capsys.readouterr()) and not os.listdir()
